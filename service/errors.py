@@ -1,0 +1,161 @@
+"""Errors that a client or an operator sees, and their one map to a status.
+
+    SluicegateError
+    ├── BadRequest            400  the request is not one that we can read
+    │   ├── UnsupportedModality  400  it holds something that no guard here judges
+    │   └── UnknownModel      404  it names a model that is not here
+    ├── NotFound              404  no such route
+    ├── MethodNotAllowed      405  the route is there, the method is not
+    ├── TooLarge              413  it is over a stated limit
+    ├── Overloaded            429  too much is waiting; come back later
+    ├── GuardUnavailable      503  no verdict could be had
+    ├── NoUpstream            503  no upstream is configured
+    └── UpstreamError         502  the upstream failed
+        ├── UpstreamUnreachable  502  no connection
+        ├── UpstreamMalformed    502  an answer that we cannot read, and so cannot judge
+        └── UpstreamTimeout      504  no answer in time
+
+    ConfigurationError             never on the wire: the command prints it and exits with 2
+
+Messages say what was wrong, where, and what to do. They never hold a client's text.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class ConfigurationError(Exception):
+    """A setting, a policy or a file that cannot be used; found at start."""
+
+
+class SluicegateError(Exception):
+    """An error with a status, in OpenAI's wire shape.
+
+    ``code`` is a stable word that programs may compare; ``param`` is the key at fault.
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object of the answer."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def headers(self) -> dict[str, str]:
+        """Headers that go with the status."""
+        return {}
+
+
+class BadRequest(SluicegateError):
+    """The request is not one that we can read."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class UnsupportedModality(BadRequest):
+    """The request holds something that no guard here judges."""
+
+    code = "unsupported_modality"
+
+
+class UnknownModel(BadRequest):
+    """The request names a model that is not here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class NotFound(SluicegateError):
+    """There is no such route."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "unknown_route"
+
+
+class MethodNotAllowed(SluicegateError):
+    """The route is there, but not for this method."""
+
+    status = 405
+    type = "invalid_request_error"
+    code = "method_not_allowed"
+
+
+class TooLarge(SluicegateError):
+    """The request is over a stated limit; ``code`` says which."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class Overloaded(SluicegateError):
+    """Too much is waiting already."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+    retry_after_seconds: ClassVar[int] = 1
+
+    def headers(self) -> dict[str, str]:
+        """Says when to come back."""
+        return {"retry-after": str(self.retry_after_seconds)}
+
+
+class GuardUnavailable(SluicegateError):
+    """No verdict could be had, and so nothing is let through."""
+
+    status = 503
+    code = "guard_unavailable"
+
+
+class NoUpstream(SluicegateError):
+    """No upstream is configured, so there is nothing to guard."""
+
+    status = 503
+    code = "no_upstream"
+
+
+class UpstreamError(SluicegateError):
+    """The upstream failed."""
+
+    status = 502
+    type = "upstream_error"
+    code = "upstream_error"
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection to the upstream."""
+
+    code = "upstream_unreachable"
+
+
+class UpstreamMalformed(UpstreamError):
+    """The upstream's answer cannot be read, and so cannot be judged."""
+
+    code = "upstream_malformed"
+
+
+class UpstreamTimeout(UpstreamError):
+    """The upstream did not answer in time."""
+
+    status = 504
+    code = "upstream_timeout"

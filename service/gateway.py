@@ -1,0 +1,367 @@
+"""Drives the gate: the one place where the guard, the upstream and the policy meet."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from service import sse
+from service.body import dumps, parse_object
+from service.errors import (
+    BadRequest,
+    GuardUnavailable,
+    NoUpstream,
+    SluicegateError,
+    UpstreamError,
+    UpstreamMalformed,
+)
+from service.exchange import Answer, Choice, Dialect, Direction, Exchange, Field, Refusal, Retry
+from service.gate import (
+    ALL,
+    Command,
+    DeadlinePassed,
+    End,
+    Event,
+    Gate,
+    Generate,
+    Generated,
+    Judge,
+    Outcome,
+    PromptJudged,
+    Refuse,
+    Release,
+    ResponseJudged,
+)
+from service.judgement import Judge as FieldJudge
+from service.judgement import Judgement
+from service.ledger import Bookkeeper, Ledger, Request
+from service.policy import Action, Decision
+from service.upstream import Upstream, UpstreamResponse, header
+
+Headers = tuple[tuple[str, str], ...]
+
+_SEEDS: Final = 2**31
+_JSON: Final = ("content-type", "application/json")
+_EVENTS: Final = ("content-type", "text/event-stream; charset=utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A client's request: its raw bytes, their JSON, and the headers that may go upstream."""
+
+    id: str
+    route: str
+    raw: bytes
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the client gets."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Progress:
+    """What a driver knows of an exchange on its way."""
+
+    gate: Gate
+    ledger: Ledger
+    answers: list[tuple[UpstreamResponse, Answer]] = field(default_factory=list)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    """The newest of each number."""
+    attempt_of: dict[int, int] = field(default_factory=dict)
+    """The attempt that each choice comes from."""
+    asked: tuple[int, ...] = ()
+    released: tuple[int, ...] = ()
+    refused: tuple[int, ...] | None = ()
+    outcomes: dict[Direction, Outcome] = field(default_factory=dict)
+
+
+class _NotOurs(Exception):
+    """The upstream refused the first attempt: its answer goes to the client as it is."""
+
+    def __init__(self, response: UpstreamResponse) -> None:
+        super().__init__()
+        self.response = response
+
+
+class Gateway:
+    """Guards an upstream. Without one, every exchange ends in ``NoUpstream``."""
+
+    def __init__(self, judge: FieldJudge, upstream: Upstream | None, keeper: Bookkeeper) -> None:
+        self._judge = judge
+        self._policy = judge.policy
+        self._upstream = upstream
+        self._keeper = keeper
+
+    async def handle(self, dialect: Dialect, incoming: Incoming) -> Reply:
+        """The reply to a request. Raises ``SluicegateError``."""
+        exchange = dialect.parse(incoming.body)
+        if self._upstream is None:
+            raise NoUpstream(
+                "no upstream is set, so there is no model to answer: start with --upstream URL"
+                " (/v1/moderations and /v1/guard work without one)"
+            )
+        request = Request(incoming.id, incoming.route, dialect.name, exchange.model)
+        ledger = self._keeper.open(request)
+        progress = _Progress(Gate(self._policy.regenerate), ledger)
+        try:
+            end = await self._drive(dialect, incoming, exchange, progress)
+        except _NotOurs as refusal:
+            progress.outcomes["response"] = "error"
+            await ledger.close(progress.outcomes, 1)
+            response = refusal.response
+            return Reply(response.status, response.headers, response.body)
+        except SluicegateError:
+            progress.outcomes["response" if "prompt" in progress.outcomes else "prompt"] = "error"
+            await ledger.close(progress.outcomes, len(progress.answers))
+            raise
+        if end.rounds:
+            self._keeper.metrics.rounds.labels(end.rounds).inc()
+        self._account(progress)
+        await ledger.close(progress.outcomes, end.attempts)
+        return self._reply(dialect, incoming, exchange, progress, end)
+
+    async def _drive(
+        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: _Progress
+    ) -> End:
+        """Carries out the gate's commands until it says that the exchange is over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._policy.regenerate.deadline_seconds
+        commands: deque[Command] = deque(progress.gate.start())
+        while True:
+            match commands.popleft():
+                case Judge("prompt"):
+                    event: Event = await self._judge_prompt(exchange, progress)
+                case Judge(_, choices):
+                    event = await self._judge_response(progress, choices, deadline)
+                case Generate() as command:
+                    event = await self._generate(
+                        dialect, incoming, exchange, progress, command, deadline
+                    )
+                case Release(choices):
+                    progress.released = choices
+                    continue
+                case Refuse(choices):
+                    progress.refused = choices
+                    continue
+                case End() as end:
+                    progress.outcomes["response" if end.attempts else "prompt"] = end.outcome
+                    return end
+            commands.extend(progress.gate.feed(event))
+
+    async def _judge_prompt(self, exchange: Exchange, progress: _Progress) -> PromptJudged:
+        judgements = await self._judgements("prompt", 0, exchange.fields, progress)
+        if judgements is None:
+            progress.outcomes["prompt"] = "bypassed"
+            return PromptJudged(None)
+        decision = self._judge.prevailing("prompt", judgements)
+        progress.outcomes["prompt"] = _PROMPT_OUTCOMES[decision.action]
+        return PromptJudged(decision)
+
+    async def _judge_response(
+        self, progress: _Progress, choices: tuple[int, ...], deadline: float
+    ) -> ResponseJudged | DeadlinePassed:
+        attempt = len(progress.answers)
+        fields = [field for number in choices for field in progress.choices[number].fields]
+        try:
+            # The first answer has the guard's own deadline; later ones the policy's beside it.
+            async with asyncio.timeout_at(deadline if attempt > 1 else None):
+                judgements = await self._judgements("response", attempt, fields, progress)
+        except TimeoutError:
+            return DeadlinePassed()
+        if judgements is None:
+            return ResponseJudged(dict.fromkeys(choices))
+        decisions: dict[int, Decision | None] = {}
+        rest = deque(judgements)
+        for number in choices:
+            own = [rest.popleft() for _ in progress.choices[number].fields]
+            decisions[number] = self._judge.prevailing("response", own)
+        return ResponseJudged(decisions)
+
+    async def _judgements(
+        self, direction: Direction, attempt: int, fields: Sequence[Field], progress: _Progress
+    ) -> list[Judgement] | None:
+        """The judgements; None where the guard could not judge and the policy fails open."""
+        started = time.perf_counter()
+        try:
+            judgements = await self._judge.judge(direction, fields)
+        except GuardUnavailable:
+            if self._policy.fail == "closed":
+                raise
+            self._keeper.metrics.bypasses.labels("guard_unavailable").inc()
+            return None
+        progress.ledger.judged(direction, attempt, judgements, time.perf_counter() - started)
+        return judgements
+
+    async def _generate(
+        self,
+        dialect: Dialect,
+        incoming: Incoming,
+        exchange: Exchange,
+        progress: _Progress,
+        command: Generate,
+        deadline: float,
+    ) -> Generated | DeadlinePassed:
+        if command.attempt == 1:
+            changed = dialect.forwarded(exchange)
+            body = incoming.raw if changed is None else dumps(changed).encode()
+            response, answer = await self._ask(dialect, incoming, exchange, progress, body)
+            numbers = tuple(choice.index for choice in answer.choices)
+        else:
+            assert command.choices is not ALL
+            assert command.because is not None
+            numbers = command.choices
+            retry = Retry(
+                seed=_seed(exchange, command.attempt),
+                instruction=instruction(command.because),
+                choices=len(numbers),
+            )
+            body = dumps(dialect.retried(exchange, retry)).encode()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    response, answer = await self._ask(dialect, incoming, exchange, progress, body)
+            except (TimeoutError, UpstreamError, _NotOurs):
+                # What was generated so far stays refused: that is an answer, an error is not.
+                return DeadlinePassed()
+            if len(answer.choices) < len(numbers):
+                return DeadlinePassed()
+        progress.answers.append((response, answer))
+        for number, choice in zip(numbers, answer.choices, strict=False):
+            body_of_choice = (
+                choice.body if command.attempt == 1 else {**choice.body, "index": number}
+            )
+            progress.choices[number] = replace(choice, index=number, body=body_of_choice)
+            progress.attempt_of[number] = command.attempt
+        return Generated(numbers, _completion_tokens(answer))
+
+    async def _ask(
+        self,
+        dialect: Dialect,
+        incoming: Incoming,
+        exchange: Exchange,
+        progress: _Progress,
+        body: bytes,
+    ) -> tuple[UpstreamResponse, Answer]:
+        assert self._upstream is not None
+        response = await self._upstream.post(dialect.path, body, incoming.headers)
+        progress.ledger.called_upstream(response.seconds)
+        if response.status != 200:
+            raise _NotOurs(response)
+        return response, parse_answer(dialect, exchange, response)
+
+    def _account(self, progress: _Progress) -> None:
+        """Tokens: what the client got, and what was generated for nothing."""
+        if not progress.answers:
+            return
+        kept = {progress.attempt_of[number] for number in progress.released}
+        ledger = progress.ledger
+        ledger.response_tokens = 0
+        for attempt, (_, answer) in enumerate(progress.answers, 1):
+            tokens = _completion_tokens(answer)
+            if attempt in kept:
+                ledger.response_tokens += tokens
+            else:
+                ledger.wasted_tokens += tokens
+        ledger.prompt_tokens = progress.answers[0][1].prompt_tokens or None
+
+    def _reply(
+        self,
+        dialect: Dialect,
+        incoming: Incoming,
+        exchange: Exchange,
+        progress: _Progress,
+        end: End,
+    ) -> Reply:
+        refusal = Refusal(self._policy.refusal.text, self._policy.refusal.finish_reason)
+        said = (
+            ("x-sluicegate-outcome", end.outcome),
+            ("x-sluicegate-attempts", str(end.attempts)),
+        )
+        if not progress.answers:
+            answer = dialect.refused(exchange, incoming.id, int(time.time()), refusal)
+            body = dialect.assembled(answer, answer.choices)
+            headers: Headers = ()
+        else:
+            response, first = progress.answers[0]
+            headers = tuple(pair for pair in response.headers if pair[0] != "content-type")
+            if end.attempts == 1 and not progress.refused:
+                content_type = header(response.headers, "content-type") or _JSON[1]
+                shown = (*headers, ("content-type", content_type), *said)
+                return Reply(response.status, shown, response.body)
+            refused = progress.refused if progress.refused is not None else tuple(progress.choices)
+            choices = {number: progress.choices[number] for number in progress.released}
+            choices |= {
+                number: dialect.refused_choice(exchange, number, refusal) for number in refused
+            }
+            kept = [progress.attempt_of[number] for number in progress.released]
+            usage = progress.answers[max(kept, default=1) - 1][1].body.get("usage")
+            body = dialect.assembled(
+                replace(first, body={**first.body, "usage": usage}),
+                tuple(choices[number] for number in sorted(choices)),
+            )
+        if exchange.stream:
+            return Reply(200, (*headers, _EVENTS, *said), dialect.streamed(exchange, body))
+        return Reply(200, (*headers, _JSON, *said), dumps(body).encode())
+
+
+_PROMPT_OUTCOMES: Final[Mapping[Action, Outcome]] = {
+    Action.ALLOW: "allowed",
+    Action.ANNOTATE: "annotated",
+    Action.BLOCK: "blocked",
+}
+
+
+def parse_answer(dialect: Dialect, exchange: Exchange, response: UpstreamResponse) -> Answer:
+    """The upstream's answer, streamed or not; ``UpstreamMalformed`` if it cannot be judged."""
+    kind = (header(response.headers, "content-type") or "").partition(";")[0].strip().lower()
+    if kind == "text/event-stream":
+        parser = sse.EventParser()
+        events = [event.data for event in (*parser.feed(response.body), *parser.finish())]
+        events = [data for data in events if data]
+        if not events or events[-1] != "[DONE]":
+            raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
+        return dialect.parse_stream(exchange, events)
+    try:
+        body = parse_object(response.body)
+    except BadRequest as error:
+        raise UpstreamMalformed(
+            f"the upstream's answer cannot be judged: {error.message}"
+        ) from None
+    return dialect.parse_answer(exchange, body)
+
+
+def instruction(because: Decision) -> str:
+    """What the model is told before it tries again: category and severity, never the harm."""
+    verdict = because.verdict
+    names = ", ".join(name.replace("_", " ") for name in verdict.categories[:3]) or "harm"
+    return (
+        f"A previous answer to this conversation was withheld, because it was judged to be of"
+        f" {verdict.level.label} severity ({names}). Answer again without anything of that kind:"
+        " give what help is safe, and where none is, say briefly that you cannot help with it."
+    )
+
+
+def _seed(exchange: Exchange, attempt: int) -> int:
+    """Another seed for each attempt; reproducible where the client gave one."""
+    given = exchange.body.get("seed")
+    # Sampling, not secrets.
+    start = given if type(given) is int else random.randrange(_SEEDS)  # noqa: S311
+    return (start + attempt - 1) % _SEEDS
+
+
+def _completion_tokens(answer: Answer) -> int:
+    """As the upstream counts, or a quarter of the characters where it does not say."""
+    if answer.completion_tokens:
+        return answer.completion_tokens
+    return sum(len(f.judged.text) for choice in answer.choices for f in choice.fields) // 4

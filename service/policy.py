@@ -1,0 +1,231 @@
+"""The policy: from a verdict to an action. Pure; a policy file is read once, whole or not at all.
+
+A policy is a list of rules. The first whose direction, categories and least severity match decides;
+the last must match everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from models.taxonomy import CATEGORIES, Severity
+from models.verdict import Verdict
+from service.errors import ConfigurationError
+from service.exchange import Direction
+
+
+class Action(IntEnum):
+    """What is done with a text; ordered, so that the strongest of several wins."""
+
+    ALLOW = 0
+    ANNOTATE = 1
+    REGENERATE = 2
+    BLOCK = 3
+
+    @property
+    def label(self) -> str:
+        """The word that policies, answers and metrics use."""
+        return self.name.lower()
+
+
+def _action(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    for action in Action:
+        if value == action.label:
+            return action
+    reason = "is not in this release" if value in ("steer", "redact") else "is unknown"
+    raise ValueError(f"action {value!r} {reason}: use allow, annotate, regenerate or block")
+
+
+def _severity(value: object) -> object:
+    return Severity.from_label(value) if isinstance(value, str) else value
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Rule(_Part):
+    """One line of a policy. ``severity`` is the least level that matches."""
+
+    action: Annotated[Action, BeforeValidator(_action)]
+    direction: Literal["prompt", "response", "any"] = "any"
+    categories: Literal["any"] | tuple[str, ...] = "any"
+    severity: Annotated[Severity, BeforeValidator(_severity)] = Severity.NONE
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Rule:
+        if self.categories != "any":
+            for name in self.categories:
+                if name not in CATEGORIES:
+                    raise ValueError(f"category {name!r} is unknown: see docs/taxonomy.md")
+            if not self.categories:
+                raise ValueError("categories is empty: list some, or say any")
+            if self.severity is Severity.NONE:
+                raise ValueError("no category fires at severity none: say minor or above")
+        if self.action is Action.REGENERATE and self.direction != "response":
+            raise ValueError("only a response can be regenerated: set direction: response")
+        return self
+
+    @property
+    def matches_everything(self) -> bool:
+        """Whether no verdict in its direction passes it by."""
+        return self.categories == "any" and self.severity is Severity.NONE
+
+    def matches(self, direction: Direction, verdict: Verdict) -> bool:
+        """Whether this rule speaks of ``verdict``."""
+        if self.direction not in ("any", direction) or verdict.level < self.severity:
+            return False
+        return self.categories == "any" or not set(self.categories).isdisjoint(verdict.categories)
+
+
+class Stream(_Part):
+    """How streams are released. Both modes hold the whole answer in this release."""
+
+    mode: Literal["hold", "buffer"] = "hold"
+
+
+class Regenerate(_Part):
+    """Bounds of the regenerate loop, of one request."""
+
+    rounds: int = Field(default=5, ge=0, le=20)
+    """Attempts after the first."""
+    deadline_seconds: float = Field(default=60.0, gt=0, le=3600)
+    max_tokens: int = Field(default=16384, ge=1)
+    """Completion tokens of all attempts together; no attempt is begun beyond it."""
+    ladder: tuple[Literal["instruct"], ...] = ("instruct",)
+    """``instruct``: a new seed, and an instruction that names what was wrong."""
+
+
+class RefusalText(_Part):
+    """What a refused client reads."""
+
+    text: str = "I can't help with that."
+    finish_reason: Literal["stop", "content_filter"] = "stop"
+
+
+class Recording(_Part):
+    """What is remembered of an exchange. Scores always; text is not kept in this release."""
+
+    text: Literal["none"] = "none"
+    sample_passed: float = Field(default=1.0, gt=0, le=1)
+    """Share of exchanges where nothing was flagged that leave a record."""
+
+
+_DEFAULT_RULES: Final = (
+    Rule(direction="prompt", severity=Severity.MODERATE, action=Action.BLOCK),
+    Rule(direction="prompt", severity=Severity.MINOR, action=Action.ANNOTATE),
+    Rule(direction="response", severity=Severity.MINOR, action=Action.REGENERATE),
+    Rule(action=Action.ALLOW),
+)
+
+
+class Policy(_Part):
+    """A policy, version 1."""
+
+    version: Literal[1] = 1
+    id: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    rules: tuple[Rule, ...] = _DEFAULT_RULES
+    stream: Stream = Stream()
+    context: Literal["latest_turn", "all"] = "latest_turn"
+    """Whether an old flagged turn still counts."""
+    fail: Literal["closed", "open"] = "closed"
+    """What happens to an exchange that no guard could judge."""
+    regenerate: Regenerate = Regenerate()
+    refusal: RefusalText = RefusalText()
+    record: Recording = Recording()
+
+    @model_validator(mode="after")
+    def _ends(self) -> Policy:
+        if not self.rules:
+            raise ValueError("rules is empty: the last rule must be a default, as {action: allow}")
+        last = self.rules[-1]
+        if not last.matches_everything or last.direction != "any":
+            raise ValueError("the last rule must match everything, as {action: allow}")
+        for number, rule in enumerate(self.rules[:-1]):
+            if rule.matches_everything and rule.direction == "any":
+                raise ValueError(f"rules[{number}] matches everything, so no later rule is reached")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the policy does with one verdict, and by which rule (its number, from 0)."""
+
+    action: Action
+    rule: int
+    verdict: Verdict
+
+
+def decide(policy: Policy, direction: Direction, verdict: Verdict) -> Decision:
+    """The action of the first rule that matches."""
+    for number, rule in enumerate(policy.rules):
+        if rule.matches(direction, verdict):
+            return Decision(rule.action, number, verdict)
+    raise AssertionError("the last rule of a policy matches everything")
+
+
+def strongest(decisions: Iterable[Decision]) -> Decision:
+    """The decision that prevails: the strongest action, then the gravest verdict."""
+    return max(decisions, key=lambda one: (one.action, one.verdict.severity_score))
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a YAML file; ``ConfigurationError`` names the line, the key and the fault."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigurationError(f"policy {path} cannot be read: {reason}") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ConfigurationError(f"policy {path}{place}: not YAML") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"policy {path}: expected a mapping with version, id and rules")
+    if missing := [key for key in ("version", "id", "rules") if key not in values]:
+        raise ConfigurationError(f"policy {path}: key {missing[0]} is missing")
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        keys = [key for key in first["loc"] if isinstance(key, int) or key in _WORDS]
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+        message = first["msg"].removeprefix("Value error, ")
+        place = f"policy {path}, line {_line(node, keys)}"
+        raise ConfigurationError(f"{place}: {name.lstrip('.')}: {message}") from None
+
+
+_WORDS: Final = frozenset(
+    name
+    for part in (Policy, Rule, Stream, Regenerate, RefusalText, Recording)
+    for name in part.model_fields
+)
+
+
+def _line(node: yaml.Node | None, keys: Sequence[Any]) -> int:
+    """The line on which the value at ``keys`` begins, as far as the document holds it."""
+    line = node.start_mark.line + 1 if node else 1
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if k.value == key]
+            if not found:
+                return line
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line

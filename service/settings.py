@@ -1,0 +1,139 @@
+"""Every setting, read once at start: a YAML file, then ``SLUICEGATE_*`` variables, then flags."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from models.checkpoint import DEFAULT_GUARD
+from service.errors import ConfigurationError
+
+PREFIX: Final = "SLUICEGATE_"
+MEBIBYTE: Final = 2**20
+
+
+def default_data_directory() -> Path:
+    """Where state lives unless it is said: the user's data directory."""
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "sluicegate"
+
+
+class Settings(BaseSettings):
+    """Frozen; secrets are masked in its representation."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    """Metrics and, later, the console. Unset: shared where ``host`` is loopback, else 8081."""
+    allow_unauthenticated: bool = False
+    """Says that listening beyond loopback without keys is meant."""
+
+    upstream: str | None = None
+    """Base URL of the server that is guarded, such as http://127.0.0.1:8000."""
+    upstream_key: SecretStr | None = None
+    """Sent to the upstream in place of the client's own key."""
+    upstream_connect_seconds: float = Field(default=5.0, gt=0)
+    upstream_first_byte_seconds: float = Field(default=300.0, gt=0)
+    upstream_idle_seconds: float = Field(default=60.0, gt=0)
+    upstream_total_seconds: float = Field(default=900.0, gt=0)
+    upstream_body_bytes: int = Field(default=32 * MEBIBYTE, gt=0)
+
+    guard: Path = DEFAULT_GUARD
+    guard_threads: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1)
+    guard_seconds: float = Field(default=300.0, gt=0)
+    """Longest wait for the verdicts of one request, queue included."""
+    policy: Path | None = None
+
+    data_directory: Path = Field(default_factory=default_data_directory)
+    state_url: SecretStr | None = None
+    """Redis for records. Unset: a private Valkey in the data directory."""
+
+    body_bytes: int = Field(default=8 * MEBIBYTE, gt=0)
+    inputs_per_request: int = Field(default=512, ge=1)
+    judged_tokens_per_request: int = Field(default=600_000, ge=1)
+    batch_tokens: int = Field(default=4096, ge=256, le=16384)
+    waiting_windows: int = Field(default=16384, ge=1)
+    """Windows of text that may wait for the guard before new requests are told to come back."""
+
+    @field_validator("upstream")
+    @classmethod
+    def _upstream_is_an_address(cls, value: str | None) -> str | None:
+        return value or None
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> Settings:
+        if not _is_loopback(self.host) and not self.allow_unauthenticated:
+            raise ValueError(
+                f"host {self.host} is open to other machines and no keys are set:"
+                " listen on 127.0.0.1, or say allow_unauthenticated: true"
+            )
+        return self
+
+    @property
+    def admin_is_apart(self) -> bool:
+        """Whether metrics have a listener of their own."""
+        return self.admin_port is not None or not _is_loopback(self.host)
+
+
+def load(file: Path | None, flags: dict[str, Any]) -> Settings:
+    """The settings; ``ConfigurationError`` names the key and the value that are wrong."""
+    values = _read(file) if file else {}
+
+    class Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
+
+    try:
+        return Loaded(**{key: value for key, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"setting {key}: {message}" if key else message) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ConfigurationError(f"{file}{place}: not YAML") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{file}: expected a mapping of setting names to values")
+    return values
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,284 @@
+"""The command. Each verb loads the part it needs, so that serving never imports a trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from models.text_guard import TextGuard
+    from models.verdict import Verdict
+
+app = typer.Typer(
+    help="Guardrail for language models: moderates text, guards a chat, trains its guards.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+eval_app = typer.Typer(help="Measure a guard on labelled examples.", no_args_is_help=True)
+train_app = typer.Typer(
+    help="Run a training stage (needs the extra 'train').", no_args_is_help=True
+)
+policy_app = typer.Typer(help="Work with policy files.", no_args_is_help=True)
+upstream_app = typer.Typer(help="Get a model to guard.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
+app.add_typer(train_app, name="train")
+app.add_typer(policy_app, name="policy")
+app.add_typer(upstream_app, name="upstream")
+
+T = TypeVar("T")
+GuardOption = Annotated[
+    Path | None, typer.Option("--guard", help="Checkpoint directory; the shipped guard if unset.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+@app.command()
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    admin_port: Annotated[int | None, typer.Option(help="Port of its own for metrics.")] = None,
+    upstream: Annotated[str | None, typer.Option(help="URL of the server to guard.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="Policy file.")] = None,
+    guard: GuardOption = None,
+    state_url: Annotated[str | None, typer.Option(help="Redis; private Valkey if unset.")] = None,
+    data_directory: Annotated[Path | None, typer.Option(help="Where state lives.")] = None,
+) -> None:
+    """Answer moderation requests and, with an upstream, guard its chats."""
+    from service.errors import ConfigurationError
+    from service.server import serve as run
+    from service.settings import load
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    flags: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "admin_port": admin_port,
+        "upstream": upstream,
+        "policy": policy,
+        "guard": guard,
+        "state_url": state_url,
+        "data_directory": data_directory,
+    }
+    try:
+        asyncio.run(run(load(config, flags)))
+    except ConfigurationError as error:
+        _refuse(error)
+
+
+@app.command()
+def moderate(
+    texts: Annotated[list[str], typer.Argument(help="Texts, or - to read standard input.")],
+    guard: GuardOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge texts here and now, without a server.
+
+    With - the lines of standard input are judged; a line that is a JSON object is a labelled
+    example or has a key "text", and comes back as JSON with a key "verdict".
+    """
+    loaded = _load_guard(guard)
+    if texts == ["-"]:
+        _moderate_lines(loaded, as_json)
+        return
+    from models.guard import judge
+    from models.inputs import GuardInput
+
+    verdicts = judge(loaded, [GuardInput("prompt", text) for text in texts])
+    if as_json:
+        for verdict in verdicts:
+            print(json.dumps(_described(verdict)))
+        return
+    table = Table("severity", "score", "categories", "signals", "text")
+    for text, verdict in zip(texts, verdicts, strict=True):
+        table.add_row(
+            verdict.level.label,
+            f"{verdict.severity_score:.2f}",
+            ", ".join(verdict.categories),
+            ", ".join(verdict.signals),
+            text if len(text) <= 60 else f"{text[:59]}…",
+        )
+    Console().print(table)
+
+
+@eval_app.command("guard")
+def eval_guard(
+    data: Annotated[Path, typer.Option(help="JSON lines of labelled examples.")],
+    guard: GuardOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Agreement of a guard with labelled examples."""
+    from training.evaluate import judge_examples, report
+    from training.labelled import LabelError, read_examples
+
+    loaded = _load_guard(guard)
+    try:
+        examples = list(read_examples(data))
+    except LabelError as error:
+        _refuse(error)
+    if not examples:
+        _refuse(f"{data} holds no example")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("judging", total=len(examples))
+        verdicts = judge_examples(loaded, examples, lambda done: progress.advance(task, done))
+    result = report(examples, verdicts)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table("figure", "value", title=f"{loaded.id} on {data.name}")
+    for key, value in result.items():
+        table.add_row(key, "—" if value is None else str(value))
+    Console().print(table)
+
+
+@train_app.command("guard")
+def train_guard(
+    config: Annotated[Path, typer.Option(help="Recipe, such as training/configs/guard.yaml.")],
+    output: Annotated[Path, typer.Option(help="Checkpoint directory to make or to go on with.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value in place of the recipe's.")
+    ] = None,
+) -> None:
+    """Fine-tune an encoder into a text guard."""
+    stage = _needs_extra(lambda: __import__("training.guard", fromlist=["run"]))
+    from training.labelled import LabelError
+    from training.recipe import RecipeError, read_recipe
+
+    try:
+        metrics = stage.run(read_recipe(config, changes or [], stage.GuardConfig), output)
+    except (LabelError, RecipeError) as error:
+        _refuse(error)
+    print(json.dumps(metrics, indent=2))
+
+
+@policy_app.command("check")
+def policy_check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> None:
+    """Say whether a policy file is one that the service would take."""
+    from service.errors import ConfigurationError
+    from service.policy import read_policy
+
+    try:
+        policy = read_policy(file)
+    except ConfigurationError as error:
+        _refuse(error)
+    print(f"{file}: policy {policy.id}, {len(policy.rules)} rules, is valid")
+
+
+@upstream_app.command("demo")
+def upstream_demo(
+    output: Annotated[Path | None, typer.Option(help="Directory to make.")] = None,
+) -> None:
+    """Make a small real model (SmolLM2-135M-Instruct) that vLLM can serve."""
+    from service.settings import default_data_directory
+
+    demo = _needs_extra(lambda: __import__("training.demo_upstream", fromlist=["convert_smollm2"]))
+    target = output or default_data_directory() / "upstream" / "smollm2"
+    try:
+        print(demo.convert_smollm2(target))
+    except demo.ConversionError as error:
+        _refuse(error)
+
+
+def _moderate_lines(guard: TextGuard, as_json: bool) -> None:
+    """Judges standard input in chunks, in order, holding no more than a chunk in memory."""
+    from models.guard import judge
+    from models.inputs import GuardInput
+
+    def flush(rows: list[tuple[Any, GuardInput]]) -> None:
+        verdicts = judge(guard, [item for _, item in rows])
+        for (row, item), verdict in zip(rows, verdicts, strict=True):
+            if isinstance(row, dict):
+                print(json.dumps({**row, "verdict": _described(verdict)}, ensure_ascii=False))
+            elif as_json:
+                print(json.dumps(_described(verdict)))
+            else:
+                print(f"{verdict.level.label}\t{verdict.severity_score:.2f}\t{item.text}")
+        sys.stdout.flush()
+
+    for chunk in _chunks(_input_rows(sys.stdin), 128):
+        flush(chunk)
+
+
+def _input_rows(lines: Iterable[str]) -> Iterator[tuple[Any, Any]]:
+    from pydantic import ValidationError
+
+    from models.inputs import GuardInput
+    from training.labelled import Example
+
+    for number, line in enumerate(lines, 1):
+        text = line.rstrip("\n")
+        if not text:
+            continue
+        if not text.startswith("{"):
+            yield text, GuardInput("prompt", text)
+            continue
+        try:
+            row = json.loads(text)
+            if isinstance(row.get("text"), str):
+                yield row, GuardInput("prompt", row["text"])
+            else:
+                yield row, Example.model_validate(row).guard_input()
+        except (ValueError, ValidationError):
+            _refuse(f"standard input, line {number}: not JSON with a text or a labelled example")
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _described(verdict: Verdict) -> dict[str, Any]:
+    from service.moderations import described
+
+    return described(verdict)
+
+
+def _load_guard(directory: Path | None) -> TextGuard:
+    import os
+
+    from models.checkpoint import DEFAULT_GUARD, CheckpointError
+    from models.text_guard import TextGuard
+
+    try:
+        return TextGuard(directory or DEFAULT_GUARD, threads=len(os.sched_getaffinity(0)))
+    except CheckpointError as error:
+        _refuse(error)
+
+
+def _needs_extra(load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except ModuleNotFoundError as error:
+        _refuse(f"{error.name} is not installed: pip install 'sluicegate[train]'")
+
+
+def _refuse(error: Exception | str) -> NoReturn:
+    print(f"sluicegate: {error}", file=sys.stderr)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""From a trained network to the files that are served: ONNX, and int8 ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+
+from models.guard import COLUMNS
+from models.network import GuardNetwork
+
+
+def to_onnx(network: GuardNetwork, path: Path) -> None:
+    """Writes the network in float32 with free batch and length axes."""
+    network.eval()
+    ids = torch.ones(2, 16, dtype=torch.int64)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    axes = {0: batch, 1: length}
+    program = torch.onnx.export(
+        network,
+        (ids, ids, torch.zeros_like(ids)),
+        input_names=["input_ids", "attention_mask", "token_type_ids"],
+        output_names=["logits"],
+        dynamic_shapes=(axes, axes, axes),
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    if program is None:
+        raise RuntimeError("the exporter gave no program")
+    program.save(str(path))
+
+
+def to_int8(source: Path, target: Path) -> None:
+    """Quantises weights to int8, per output channel; activations are quantised as they come.
+
+    Per-tensor scales lose small encoders (cosine 0.88 against 0.98), hence per channel. The head
+    stays in float32: it is small, and its outputs are what the calibration reads.
+    """
+    model = onnx.load(source)
+    head = [
+        node.name for node in model.graph.node if any(is_head(model, name) for name in node.input)
+    ]
+    quantize_dynamic(
+        source,
+        target,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=head,
+    )
+
+
+def is_head(model: onnx.ModelProto, name: str) -> bool:
+    """Whether ``name`` is the weight of the network's last layer."""
+    return any(
+        tensor.name == name and COLUMNS in tensor.dims and len(tensor.dims) == 2
+        for tensor in model.graph.initializer
+    )
