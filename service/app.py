@@ -26,11 +26,11 @@ from service.errors import (
 )
 from service.exchange import Dialect, Direction, Field
 from service.gateway import Incoming
+from service.headers import request_headers
 from service.judgement import Judgement
 from service.ledger import Request as Origin
 from service.policy import Action, Decision
 from service.runtime import Runtime
-from service.upstream import request_headers
 
 logger = logging.getLogger(__name__)
 

@@ -37,13 +37,12 @@ from service.gate import (
     Release,
     ResponseJudged,
 )
+from service.headers import Headers, header, response_headers
 from service.judgement import Judge as FieldJudge
 from service.judgement import Judgement
 from service.ledger import Bookkeeper, Ledger, Request
 from service.policy import Action, Decision
-from service.upstream import Upstream, UpstreamResponse, header
-
-Headers = tuple[tuple[str, str], ...]
+from service.upstream import Upstream, UpstreamResponse
 
 _SEEDS: Final = 2**31
 _JSON: Final = ("content-type", "application/json")
@@ -121,7 +120,7 @@ class Gateway:
             progress.outcomes["response"] = "error"
             await ledger.close(progress.outcomes, 1)
             response = refusal.response
-            return Reply(response.status, response.headers, response.body)
+            return Reply(response.status, response_headers(response.headers), response.body)
         except SluicegateError:
             progress.outcomes["response" if "prompt" in progress.outcomes else "prompt"] = "error"
             await ledger.close(progress.outcomes, len(progress.answers))
@@ -294,11 +293,10 @@ class Gateway:
             headers: Headers = ()
         else:
             response, first = progress.answers[0]
-            headers = tuple(pair for pair in response.headers if pair[0] != "content-type")
+            headers = response_headers(response.headers)
             if end.attempts == 1 and not progress.refused:
-                content_type = header(response.headers, "content-type") or _JSON[1]
-                shown = (*headers, ("content-type", content_type), *said)
-                return Reply(response.status, shown, response.body)
+                return Reply(response.status, (*headers, *said), response.body)
+            headers = tuple(pair for pair in headers if pair[0] != "content-type")
             refused = progress.refused if progress.refused is not None else tuple(progress.choices)
             choices = {number: progress.choices[number] for number in progress.released}
             choices |= {
