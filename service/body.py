@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any, NoReturn
 
@@ -42,7 +43,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in ``raw``.
 
     Refused with ``BadRequest``: bytes that are not UTF-8, malformed JSON, a key that stands twice
-    in one object, NaN and infinities, strings that are not text (lone surrogates, NUL), nesting
+    in one object, NaN, infinities and numbers that only fit an infinity, strings that are not text (lone surrogates, NUL), nesting
     that overflows the parser, and anything but an object.
     """
     try:
@@ -52,10 +53,10 @@ def parse_object(raw: bytes) -> dict[str, Any]:
             f"the body is not UTF-8 (byte {error.start}): encode it as UTF-8", code="invalid_utf8"
         ) from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise BadRequest(
-            f"the body is not JSON: {error.msg.lower()} at line {error.lineno},"
+            f"the body is not JSON: {error.msg.lower().removesuffix(' at')} at line {error.lineno},"
             f" column {error.colno}",
             code="invalid_json",
         ) from None
@@ -84,6 +85,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise BadRequest(f"the body holds {name}, which is not JSON", code="invalid_json")
+
+
+def _finite(digits: str) -> float:
+    # JSON has no infinity, but 1e400 would become one here, and be written on as one.
+    value = float(digits)
+    if math.isinf(value):
+        raise BadRequest("the body holds a number that is too large", code="invalid_json")
+    return value
 
 
 def _refuse_what_is_not_text(value: Any) -> None:

@@ -54,7 +54,7 @@ def check_model(model: object, guard_id: str) -> None:
 
 def _texts(value: object) -> list[str]:
     if isinstance(value, str):
-        value = [value]
+        return [_not_empty(value, "input")]
     if not isinstance(value, list):
         raise BadRequest("input must be a string or a list", param="input")
     if not value:

@@ -36,7 +36,7 @@ class Action(IntEnum):
 
 
 def _action(value: object) -> object:
-    if not isinstance(value, str):
+    if isinstance(value, Action):
         return value
     for action in Action:
         if value == action.label:
@@ -46,7 +46,14 @@ def _action(value: object) -> object:
 
 
 def _severity(value: object) -> object:
-    return Severity.from_label(value) if isinstance(value, str) else value
+    # A number would be ambiguous: other taxonomies count severities to 6 or 7.
+    return value if isinstance(value, Severity) else Severity.from_label(str(value))
+
+
+def _categories(value: object) -> object:
+    if isinstance(value, str) and value != "any":
+        raise ValueError(f"categories must be a list, as [{value}], or any")
+    return value
 
 
 class _Part(BaseModel):
@@ -58,7 +65,9 @@ class Rule(_Part):
 
     action: Annotated[Action, BeforeValidator(_action)]
     direction: Literal["prompt", "response", "any"] = "any"
-    categories: Literal["any"] | tuple[str, ...] = "any"
+    categories: Annotated[
+        Literal["any"] | tuple[str, ...], BeforeValidator(_categories)
+    ] = "any"
     severity: Annotated[Severity, BeforeValidator(_severity)] = Severity.NONE
 
     @model_validator(mode="after")
@@ -188,23 +197,30 @@ def read_policy(path: Path) -> Policy:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # YAML gives a plain ValueError for a date that there is not.
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise ConfigurationError(f"policy {path}{place}: not YAML") from error
     if not isinstance(values, dict):
         raise ConfigurationError(f"policy {path}: expected a mapping with version, id and rules")
+    if twice := _key_given_twice(node):
+        line, key = twice
+        raise ConfigurationError(f"policy {path}, line {line}: key {key} stands twice")
     if missing := [key for key in ("version", "id", "rules") if key not in values]:
         raise ConfigurationError(f"policy {path}: key {missing[0]} is missing")
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        keys = [key for key in first["loc"] if isinstance(key, int) or key in _WORDS]
-        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+        loc = first["loc"]
+        keys = [key for key in loc if isinstance(key, int) or key in _WORDS]
         message = first["msg"].removeprefix("Value error, ")
-        place = f"policy {path}, line {_line(node, keys)}"
-        raise ConfigurationError(f"{place}: {name.lstrip('.')}: {message}") from None
+        if first["type"] == "extra_forbidden":
+            keys, message = [*loc], "there is no such key"
+        name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+        place = f"policy {path}, line {_line(node, keys)}" + (name and f": {name.lstrip('.')}")
+        raise ConfigurationError(f"{place}: {message}") from None
 
 
 _WORDS: Final = frozenset(
@@ -212,6 +228,23 @@ _WORDS: Final = frozenset(
     for part in (Policy, Rule, Stream, Regenerate, RefusalText, Recording)
     for name in part.model_fields
 )
+
+
+def _key_given_twice(node: yaml.Node | None) -> tuple[int, str] | None:
+    """Line and name of a key that its mapping holds already: YAML would keep the later one."""
+    stack = [node]
+    while stack:
+        match stack.pop():
+            case yaml.MappingNode(value=pairs):
+                seen = set()
+                for key, value in pairs:
+                    if key.value in seen:
+                        return key.start_mark.line + 1, key.value
+                    seen.add(key.value)
+                    stack.append(value)
+            case yaml.SequenceNode(value=items):
+                stack += items
+    return None
 
 
 def _line(node: yaml.Node | None, keys: Sequence[Any]) -> int:

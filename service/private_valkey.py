@@ -51,7 +51,7 @@ class PrivateValkey:
         directory: Path,
         memory_bytes: int,
         *,
-        start_seconds: float = 10.0,
+        start_seconds: float = 5.0,
         lock_seconds: float = 2.0,
         stop_seconds: float = 5.0,
     ) -> None:
@@ -72,10 +72,11 @@ class PrivateValkey:
         return self._process.pid
 
     async def start(self) -> str:
-        """Starts the server unless it runs; returns its URL once it answers.
+        """Starts the server unless it runs; returns its URL once it can be used.
 
-        A server that still reads its file back counts as answering. Call this on the event
-        loop's own thread: the server ends with the thread that started it. Raises
+        A server that still reads a long file back after ``start_seconds`` is left to it, and the
+        URL is returned. Call this on the event loop's own thread: the server ends with the thread
+        that started it. Raises
         ``ConfigurationError`` where the directory cannot be used or has another owner, and where
         the server does not come up.
         """
@@ -187,9 +188,10 @@ class PrivateValkey:
             )
 
     async def _wait_until_it_answers(self, process: subprocess.Popen[bytes]) -> None:
+        answer = b""
         try:
             async with asyncio.timeout(self._start_seconds):
-                while not await self._answers():
+                while not (answer := await self._ask()).startswith(b"+PONG"):
                     if process.poll() is not None:
                         raise ConfigurationError(
                             f"the private Valkey in {self._directory} ended at start:"
@@ -198,22 +200,25 @@ class PrivateValkey:
                         )
                     await asyncio.sleep(0.005)
         except TimeoutError:
+            if answer.startswith(b"-LOADING"):
+                return
             process.kill()
             raise ConfigurationError(
                 f"the private Valkey in {self._directory} did not answer within"
                 f" {self._start_seconds:g} s; look into valkey.log there"
             ) from None
 
-    async def _answers(self) -> bool:
+    async def _ask(self) -> bytes:
+        """The first line of its answer to PING; empty where there is none yet."""
         try:
             reader, writer = await asyncio.open_unix_connection(str(self._socket))
         except OSError:
-            return False
+            return b""
         try:
             writer.write(b"PING\r\n")
-            return (await reader.readline()).startswith((b"+PONG", b"-LOADING"))
+            return await reader.readline()
         except OSError:
-            return False
+            return b""
         finally:
             writer.close()
 

@@ -220,7 +220,7 @@ class Recorder:
 
         One that waited in the spool counts from when it came out. Raises ``StateUnavailable``.
         """
-        with self._state.connected() as redis:
+        async with self._state.connected() as redis:
             entries: Any = await redis.xrevrange(STREAM, count=count)
         return [Record.from_fields(json.loads(values[b"data"])) for _, values in entries]
 
@@ -269,7 +269,7 @@ class Recorder:
 
     async def _store(self, entries: Sequence[Entry]) -> None:
         arguments = [*self._bounds, *(part for entry in entries for part in entry)]
-        with self._state.connected() as redis:
+        async with self._state.connected() as redis:
             added = await self._store_script([STREAM, ENTRIES], arguments, client=redis)
         self.counts.stored += added
         self.counts.duplicates += len(entries) - added

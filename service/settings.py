@@ -81,6 +81,10 @@ class Settings(BaseSettings):
                 f"host {self.host} is open to other machines and no keys are set:"
                 " listen on 127.0.0.1, or say allow_unauthenticated: true"
             )
+        if self.admin_port and self.admin_port == self.port:
+            raise ValueError(
+                f"port and admin_port are both {self.port}: give two, or leave admin_port out"
+            )
         return self
 
     @property
@@ -119,13 +123,14 @@ def _read(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    # YAML gives a plain ValueError for a date that there is not, or bytes that are not UTF-8.
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise ConfigurationError(f"{file}{place}: not YAML") from error
     if values is None:
         return {}
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigurationError(f"{file}: expected a mapping of setting names to values")
     return values
 

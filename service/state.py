@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -50,11 +50,17 @@ class State:
     """A bounded pool of connections, and whether the server behind it can be used now."""
 
     def __init__(
-        self, client: Redis, place: str, private: PrivateValkey | None, probe_seconds: float
+        self,
+        client: Redis,
+        place: str,
+        private: PrivateValkey | None,
+        command_seconds: float,
+        probe_seconds: float,
     ) -> None:
         self._client = client
         self._place = place
         self._private = private
+        self._command_seconds = command_seconds
         self._probe_seconds = probe_seconds
         self._usable = asyncio.Event()
         self._watcher: asyncio.Task[None] | None = None
@@ -75,9 +81,9 @@ class State:
     ) -> State:
         """Connects to ``url``; None means a private Valkey in ``data_directory``.
 
-        Every command ends within ``connect_seconds`` for a connection of the pool, as much again
-        to open it, and ``command_seconds`` for the answer. Raises ``ConfigurationError`` for what
-        waiting will not mend.
+        A connection opens, or comes free, within ``connect_seconds``; whatever is done inside
+        ``connected`` ends within ``command_seconds``. A lost server is tried again every
+        ``probe_seconds``. Raises ``ConfigurationError`` for what waiting will not mend.
         """
         private, place = None, "the private Valkey" if url is None else _masked(url)
         async with contextlib.AsyncExitStack() as undo:
@@ -85,13 +91,13 @@ class State:
                 private = PrivateValkey(data_directory / "valkey", memory_bytes)
                 undo.push_async_callback(private.stop)
                 url = await private.start()
-            client = Redis.from_pool(_pool(url, connections, connect_seconds, command_seconds))
+            client = Redis.from_pool(_pool(url, connections, connect_seconds))
             undo.push_async_callback(client.aclose)
-            state = cls(client, place, private, probe_seconds)
+            state = cls(client, place, private, command_seconds, probe_seconds)
             try:
                 await state._examine()
             except (RedisError, OSError) as error:
-                state._lost(str(error))
+                state._lost(_reason(error))
             undo.pop_all()
         state._watcher = asyncio.create_task(state._watch())
         return state
@@ -105,21 +111,22 @@ class State:
         """Returns when state is available; has no deadline of its own."""
         await self._usable.wait()
 
-    @contextlib.contextmanager
-    def connected(self) -> Iterator[Redis]:
-        """The client. Commands inside that fail raise ``StateUnavailable``.
+    @contextlib.asynccontextmanager
+    async def connected(self) -> AsyncIterator[Redis]:
+        """The client. What fails inside, or takes too long, raises ``StateUnavailable``.
 
         Raises it at once while state is unavailable, so that nobody waits for a dead server.
         """
         if not self.available:
             raise StateUnavailable(f"state is unavailable: {self.problem}")
         try:
-            yield self._client
+            async with asyncio.timeout(self._command_seconds):
+                yield self._client
         except ResponseError as error:
             # It answers, but not with a yes: full, read-only, forbidden.
             raise StateUnavailable(f"{self._place} refused a command: {error}") from error
         except (RedisError, OSError) as error:
-            self._lost(str(error))
+            self._lost(_reason(error))
             raise StateUnavailable(f"state is unavailable: {self.problem}") from error
 
     def script(self, text: str) -> AsyncScript:
@@ -147,15 +154,16 @@ class State:
                 await self._examine()
             # Whatever it was, it is tried again: nothing else brings state back.
             except Exception as error:
-                self._lost(str(error))
+                self._lost(_reason(error))
 
     async def _examine(self) -> None:
         """One probe. On the way up it also asks whether the server is one that may be used."""
         try:
-            await self._client.ping()
-            if self.available:
-                return
-            await self._refuse_eviction()
+            async with asyncio.timeout(self._command_seconds):
+                await self._client.ping()
+                if self.available:
+                    return
+                await self._refuse_eviction()
         except RedisError as error:
             if reason := _for_good(error):
                 raise ConfigurationError(f"state_url {self._place}: {reason}") from error
@@ -195,9 +203,7 @@ class State:
         self._usable.clear()
 
 
-def _pool(
-    url: str, connections: int, connect_seconds: float, command_seconds: float
-) -> BlockingConnectionPool:
+def _pool(url: str, connections: int, connect_seconds: float) -> BlockingConnectionPool:
     try:
         parts = urlsplit(url)
         place = parts.path if parts.scheme == "unix" else parts.hostname
@@ -209,7 +215,9 @@ def _pool(
             max_connections=connections,
             timeout=connect_seconds,
             socket_connect_timeout=connect_seconds,
-            socket_timeout=command_seconds,
+            # Commands have their deadline in `connected`. The library's own makes a task of every
+            # send, and on Python 3.11 loses cancellations on the way (asyncio.wait_for).
+            socket_timeout=None,
             # RESP2 saves a handshake, and works through proxies that know no other.
             protocol=2,
             # One try: the caller has somewhere else to go, and waits while we try again.
@@ -240,6 +248,11 @@ def _for_good(error: BaseException | None) -> str | None:
             return f"the server refused the connection ({error}): correct the URL"
         error = error.__cause__
     return None
+
+
+def _reason(error: Exception) -> str:
+    """What ``error`` says; a deadline says nothing by itself."""
+    return str(error) or "it did not answer in time"
 
 
 def _masked(url: str) -> str:

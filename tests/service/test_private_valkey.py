@@ -34,10 +34,16 @@ asyncio.run(main())
 
 @pytest.fixture
 async def valkey(tmp_path: Path) -> AsyncIterator[PrivateValkey]:
-    server = PrivateValkey(tmp_path, MEMORY_BYTES, lock_seconds=0.1)
+    server = PrivateValkey(tmp_path, MEMORY_BYTES, lock_seconds=0.1, stop_seconds=0.0)
     await server.start()
     yield server
     await server.stop()
+
+
+def run_service(directory: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVICE, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
 
 
 def socket_of(url: str) -> Path:
@@ -83,6 +89,7 @@ async def test_it_starts_again_after_a_kill_and_lost_nothing(valkey: PrivateValk
         await redis.set("key", "value")
     assert valkey.process_id is not None
     os.kill(valkey.process_id, signal.SIGKILL)
+    # A dead process is seen at once, but killing takes a moment.
     while valkey.process_id is not None:
         pass
 
@@ -115,9 +122,7 @@ async def test_it_dies_with_a_service_that_was_killed(tmp_path: Path, name: str)
     directory = tmp_path / name
     # The server holds the lock as well, so that the lock is free says that the server is gone.
     successor = PrivateValkey(directory, MEMORY_BYTES, lock_seconds=5.0)
-    service = subprocess.Popen(
-        [sys.executable, "-c", SERVICE, str(directory)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    service = run_service(directory)
     assert service.stdout is not None
     with service, service.stdout:
         url = service.stdout.readline().strip()

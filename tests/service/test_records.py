@@ -1,10 +1,10 @@
-"""Records: durable when ``write`` returns, once each, bounded; with a real server and real kills."""
+"""Records: durable when ``write`` returns, once each, bounded. Real servers, real kills."""
 
 import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ class Running:
 
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[PrivateValkey]:
-    valkey = PrivateValkey(tmp_path / "server", 64 * 2**20)
+    valkey = PrivateValkey(tmp_path / "server", 64 * 2**20, stop_seconds=0.0)
     await valkey.start()
     yield valkey
     await valkey.stop()
@@ -93,17 +93,29 @@ async def running(
         await state.close()
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        # What is waited for has no event of its own.
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
 async def kill(server: PrivateValkey) -> None:
     assert server.process_id is not None
     os.kill(server.process_id, signal.SIGKILL)
-    while server.process_id is not None:
-        await asyncio.sleep(0.001)
+    await until(lambda: server.process_id is None)
 
 
 async def drained(service: Running) -> None:
-    async with asyncio.timeout(5):
-        while service.spool.lines:
-            await asyncio.sleep(0.005)
+    await until(lambda: service.spool.lines == 0)
+
+
+def read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 async def stored(service: Running) -> list[str]:
@@ -125,7 +137,13 @@ def test_a_record_is_json_and_back() -> None:
 
 def test_a_record_without_a_verdict_is_json_and_back() -> None:
     record = replace(
-        RECORD, level=None, severity_score=None, category_scores=(), signal_scores=(), rule=None
+        RECORD,
+        level=None,
+        severity_score=None,
+        category_scores=(),
+        signal_scores=(),
+        rule=None,
+        guard_milliseconds=0.0,
     )
 
     assert Record.from_fields(record.to_fields()) == record
@@ -166,7 +184,7 @@ async def test_callers_that_wait_together_share_a_round_trip(
     async with running(await server.start(), spool_path, group_records=64) as service:
         await asyncio.gather(*(service.recorder.write([record]) for record in records(200)))
 
-        with service.state.connected() as redis:
+        async with service.state.connected() as redis:
             calls = (await redis.info("commandstats"))["cmdstat_evalsha"]["calls"]
         assert 200 / 64 <= calls <= 8
         assert len(await stored(service)) == 200
@@ -201,7 +219,7 @@ async def test_without_a_server_records_go_to_the_disk_and_on_when_it_is_back(
     async with running(url, spool_path) as service:
         await service.recorder.write(records(3))
 
-        on_disk = [json.loads(line)["id"] for line in spool_path.read_text().splitlines()]
+        on_disk = [json.loads(line)["id"] for line in read(spool_path).splitlines()]
         assert on_disk == [record.id for record in records(3)]
         assert service.recorder.counts.spooled == 3
         with pytest.raises(StateUnavailable):
@@ -226,11 +244,9 @@ async def test_a_server_killed_in_the_middle_loses_and_doubles_nothing(
                 kept.append(record.id)
 
         clients = asyncio.gather(*(client() for _ in range(16)))
-        while len(kept) < 150:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(kept) >= 150)
         await kill(server)
-        while len(kept) < 400:
-            await asyncio.sleep(0.001)
+        await until(lambda: len(kept) >= 400)
         await server.start()
         await clients
         await service.state.wait_available()
@@ -248,7 +264,7 @@ async def test_the_next_start_sends_what_the_last_one_left(
     await kill(server)
     async with running(url, spool_path) as service:
         await service.recorder.write(records(3))
-    left = spool_path.read_bytes()
+    left = read(spool_path)
     await server.start()
 
     async with running(url, spool_path) as service:
@@ -256,7 +272,7 @@ async def test_the_next_start_sends_what_the_last_one_left(
         assert len(await stored(service)) == 3
 
     # As after a crash between sending and forgetting.
-    spool_path.write_bytes(left)
+    write(spool_path, left)
     async with running(url, spool_path) as service:
         await drained(service)
         assert len(await stored(service)) == 3
@@ -266,8 +282,8 @@ async def test_the_next_start_sends_what_the_last_one_left(
 async def test_a_spooled_line_that_is_no_record_is_dropped_and_counted(
     server: PrivateValkey, spool_path: Path
 ) -> None:
-    good = json.dumps(RECORD.to_fields())
-    spool_path.write_text(f"\0\0\0\n[1]\n{{}}\n{good}\n")
+    good = json.dumps(RECORD.to_fields()).encode()
+    write(spool_path, b"\0\0\0\n[1]\n{}\n" + good + b"\n")
 
     async with running(await server.start(), spool_path) as service:
         await drained(service)
@@ -297,12 +313,12 @@ async def test_a_server_that_is_full_sends_records_to_the_disk(
     server: PrivateValkey, spool_path: Path
 ) -> None:
     async with running(await server.start(), spool_path) as service:
-        with service.state.connected() as redis:
+        async with service.state.connected() as redis:
             await redis.config_set("maxmemory", 1)
         await service.recorder.write(records(2))
         assert (service.recorder.counts.spooled, service.state.available) == (2, True)
 
-        with service.state.connected() as redis:
+        async with service.state.connected() as redis:
             await redis.config_set("maxmemory", 2**26)
         await drained(service)
         assert len(await stored(service)) == 2
@@ -315,7 +331,7 @@ async def test_only_so_many_records_are_kept(server: PrivateValkey, spool_path: 
         await service.recorder.write(records(35)[30:])
 
         assert await stored(service) == [record.id for record in records(35)[25:]]
-        with service.state.connected() as redis:
+        async with service.state.connected() as redis:
             assert (await redis.xlen(STREAM), await redis.hlen(ENTRIES)) == (10, 10)
 
 
@@ -327,7 +343,7 @@ async def test_only_so_long_are_records_kept(server: PrivateValkey, spool_path: 
         await service.recorder.write([second])
 
         assert await stored(service) == [second.id]
-        with service.state.connected() as redis:
+        async with service.state.connected() as redis:
             assert await redis.hkeys(ENTRIES) == [second.id.encode()]
 
 

@@ -41,6 +41,14 @@ async def spool(path: Path) -> AsyncIterator[Spool]:
     await opened.close()
 
 
+def read(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
 def numbered(count: int) -> list[bytes]:
     return [b'{"n": %d}' % number for number in range(count)]
 
@@ -53,21 +61,26 @@ async def test_lines_are_sent_in_order_and_then_gone(spool: Spool, path: Path) -
     assert await spool.drain(sink) == 3
 
     assert sink.lines == numbered(3)
-    assert (spool.lines, spool.size_bytes, path.stat().st_size) == (0, 0, 0)
+    assert (spool.lines, spool.size_bytes, read(path)) == (0, 0, b"")
 
 
 async def test_lines_are_on_the_disk_when_append_returns(spool: Spool, path: Path) -> None:
     await spool.append(numbered(2))
 
-    assert path.read_bytes().splitlines() == numbered(2)
+    assert read(path).splitlines() == numbered(2)
 
 
 async def test_callers_that_wait_together_share_a_sync(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    syncs = []
+    syncs: list[int] = []
     real = os.fsync
-    monkeypatch.setattr(module.os, "fsync", lambda fd: (syncs.append(fd), real(fd)))
+
+    def sync(fd: int) -> None:
+        syncs.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", sync)
 
     await asyncio.gather(*(spool.append([line]) for line in numbered(50)))
 
@@ -89,9 +102,9 @@ async def test_the_next_start_finds_what_was_not_sent(path: Path) -> None:
     await second.close()
 
 
-async def test_half_a_line_left_by_a_crash_is_dropped_and_counted(path: Path) -> None:
-    path.parent.mkdir()
-    path.write_bytes(b'{"n": 0}\n{"n": 1}\n{"n"')
+async def test_half_a_line_left_by_a_crash_is_dropped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "spool.jsonl"
+    write(path, b'{"n": 0}\n{"n": 1}\n{"n"')
     sink = Sink()
 
     spool = await Spool.open(path, MAX_BYTES)
@@ -130,7 +143,7 @@ async def test_a_write_that_fails_half_way_is_undone(
 
     await spool.append(numbered(1))
     with monkeypatch.context() as patched:
-        patched.setattr(module.os, "pwrite", half)
+        patched.setattr(os, "pwrite", half)
         with pytest.raises(RecordNotKept, match="No space left"):
             await spool.append([b'{"n": 7}'])
     await spool.append([b'{"n": 1}'])
@@ -146,7 +159,7 @@ async def test_a_disk_that_hangs_keeps_nobody_waiting(
 ) -> None:
     spool = await Spool.open(path, MAX_BYTES, deadline_seconds=0.05)
     released = threading.Event()
-    monkeypatch.setattr(module.os, "fsync", lambda fd: released.wait(5))
+    monkeypatch.setattr(os, "fsync", lambda fd: released.wait(5))
 
     with pytest.raises(RecordNotKept, match=r"longer than 0\.05 s"):
         await spool.append(numbered(1))
