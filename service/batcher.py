@@ -99,14 +99,17 @@ class Batcher:
         """Windows that no batch has taken yet."""
         return self._waiting
 
-    async def judge(self, items: Sequence[GuardInput]) -> list[Verdict]:
+    async def judge(self, items: Sequence[GuardInput], *, admit: bool = True) -> list[Verdict]:
         """Verdicts on ``items``, in their order.
 
-        Raises ``TooLarge`` and ``Overloaded`` before anything is judged, ``GuardUnavailable`` if
+        With ``admit`` they must find room among what waits. Raises ``TooLarge`` and, where there is
+        no room, ``Overloaded`` before anything is judged, ``GuardUnavailable`` if
         an input could not be. A caller that is cancelled takes its windows out of the queue.
         """
         prepared = [await self._prepare(item) for item in items]
-        self._admit(prepared)
+        self._check_size(prepared)
+        if admit:
+            self._check_room(prepared)
         loop = asyncio.get_running_loop()
         jobs = [
             _Job(
@@ -138,8 +141,7 @@ class Batcher:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoder, self.guard.prepare, item)
 
-    def _admit(self, prepared: Sequence[Windows]) -> None:
-        windows = sum(len(one.windows) for one in prepared)
+    def _check_size(self, prepared: Sequence[Windows]) -> None:
         tokens = sum(len(window) for one in prepared for window in one.windows)
         if tokens > self._tokens_per_request:
             raise TooLarge(
@@ -147,6 +149,10 @@ class Batcher:
                 " one request: send it in parts, or raise judged_tokens_per_request",
                 code="too_many_tokens",
             )
+
+    def _check_room(self, prepared: Sequence[Windows]) -> None:
+        windows = sum(len(one.windows) for one in prepared)
+        # What is over the bound alone is let in when nothing else waits.
         if self._waiting and self._waiting + windows > self._waiting_windows:
             raise Overloaded("too much text is waiting for the guard: try again in a moment")
 

@@ -38,8 +38,7 @@ from service.gate import (
     ResponseJudged,
 )
 from service.headers import Headers, header, response_headers
-from service.judgement import Judge as FieldJudge
-from service.judgement import Judgement
+from service.judgement import FieldJudge, Judgement
 from service.ledger import Bookkeeper, Ledger, Request
 from service.policy import Action, Decision
 from service.upstream import Upstream, UpstreamResponse

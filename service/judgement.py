@@ -21,7 +21,7 @@ class Judgement:
     decision: Decision
 
 
-class Judge:
+class FieldJudge:
     """Judges fields under a policy, within a deadline in seconds."""
 
     def __init__(self, batcher: Batcher, policy: Policy, deadline: float) -> None:
@@ -37,7 +37,11 @@ class Judge:
         """
         try:
             async with asyncio.timeout(self._deadline):
-                verdicts = await self.batcher.judge([field.judged for field in fields])
+                verdicts = await self.batcher.judge(
+                    [field.judged for field in fields],
+                    # An answer was paid for already: it does not wait behind new prompts.
+                    admit=direction == "prompt",
+                )
         except TimeoutError:
             raise GuardUnavailable(
                 "the guard did not answer in time: try again, or raise guard_seconds"

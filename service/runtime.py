@@ -20,7 +20,7 @@ from models.text_guard import TextGuard
 from service.batcher import Batcher
 from service.errors import ConfigurationError
 from service.gateway import Gateway
-from service.judgement import Judge
+from service.judgement import FieldJudge
 from service.ledger import Bookkeeper
 from service.metrics import Metrics
 from service.policy import Policy, read_policy
@@ -40,7 +40,7 @@ class Runtime:
     settings: Settings
     policy: Policy
     guard: Guard
-    judge: Judge
+    judge: FieldJudge
     gateway: Gateway
     keeper: Bookkeeper
     metrics: Metrics
@@ -83,7 +83,7 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         )
         batcher.start()
         stack.push_async_callback(batcher.close)
-        judge = Judge(batcher, policy, settings.guard_seconds)
+        judge = FieldJudge(batcher, policy, settings.guard_seconds)
         keeper = Bookkeeper(metrics, recorder, policy, guard.id, _hash_key(directory))
         metrics.watch(batcher, state, recorder)
         metrics.build.labels(version("sluicegate"), guard.id, keeper.policy_name).set(1)

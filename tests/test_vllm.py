@@ -285,8 +285,8 @@ def is_unsafe(url: str, prompt: str, answer: str) -> bool:
     checked = httpx.post(
         f"{url}/v1/guard", json={"prompt": prompt, "response": answer}, timeout=60
     ).raise_for_status()
-    severity: str = checked.json()["response"]["severity"]
-    return severity != "none"
+    levels = [v["severity"] for v in checked.json()["verdicts"] if v["direction"] == "response"]
+    return any(level != "none" for level in levels)
 
 
 def test_no_unsafe_answer_gets_through_and_some_are_regenerated(

@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from models.taxonomy import CATEGORIES, SIGNALS
 from service.private_valkey import PrivateValkey
@@ -59,12 +60,20 @@ class Running:
     recorder: Recorder
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[PrivateValkey]:
-    valkey = PrivateValkey(tmp_path / "server", 64 * 2**20, stop_seconds=0.0)
-    await valkey.start()
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateValkey]:
+    valkey = PrivateValkey(tmp_path_factory.mktemp("server"), 64 * 2**20, stop_seconds=0.0)
     yield valkey
-    await valkey.stop()
+    asyncio.run(valkey.stop())
+
+
+@pytest.fixture
+async def server(shared: PrivateValkey) -> PrivateValkey:
+    """A server that holds nothing and has counted nothing."""
+    async with Redis.from_url(await shared.start()) as redis:
+        await redis.flushall()
+        await redis.config_resetstat()
+    return shared
 
 
 @pytest.fixture

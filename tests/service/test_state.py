@@ -5,11 +5,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import redis
 from redis.asyncio import Redis
 
 from service.errors import ConfigurationError
@@ -19,13 +20,27 @@ from service.state import State, StateUnavailable
 SECRET = "open-sesame"
 
 
-@pytest.fixture
-async def server(tmp_path: Path) -> AsyncIterator[PrivateValkey]:
-    """A server that the state under test does not own."""
-    valkey = PrivateValkey(tmp_path / "server", 64 * 2**20, stop_seconds=0.0)
-    await valkey.start()
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateValkey]:
+    valkey = PrivateValkey(tmp_path_factory.mktemp("server"), 64 * 2**20, stop_seconds=0.0)
     yield valkey
-    await valkey.stop()
+    asyncio.run(valkey.stop())
+
+
+@pytest.fixture
+async def server(shared: PrivateValkey) -> AsyncIterator[PrivateValkey]:
+    """A server that the state under test does not own, as it was configured at first."""
+    url = await shared.start()
+    # Connected before a test sets a password, this one stays let in.
+    with redis.Redis.from_url(url) as administrator:
+        administrator.flushall()
+        yield shared
+        if shared.process_id is not None:
+            administrator.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"])
+            administrator.config_set("requirepass", "")
+            administrator.config_set("maxmemory", 64 * 2**20)
+            administrator.config_set("maxmemory-policy", "noeviction")
+            administrator.config_set("port", 0)
 
 
 @asynccontextmanager
