@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from models.text_guard import TextGuard
@@ -44,6 +46,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a tab
 
 def main() -> None:
     """Entry point."""
+    # Before ONNX Runtime is imported: it would report its use to its maker.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     app()
 
 
@@ -60,6 +64,8 @@ def serve(
     data_directory: Annotated[Path | None, typer.Option(help="Where state lives.")] = None,
 ) -> None:
     """Answer moderation requests and, with an upstream, guard its chats."""
+    import uvloop
+
     from service.errors import ConfigurationError
     from service.server import serve as run
     from service.settings import load
@@ -78,7 +84,8 @@ def serve(
         "data_directory": data_directory,
     }
     try:
-        asyncio.run(run(load(config, flags)))
+        # uvicorn chooses the loop only where it makes it.
+        uvloop.run(run(load(config, flags)))
     except ConfigurationError as error:
         _refuse(error)
 
@@ -94,6 +101,9 @@ def moderate(
     With - the lines of standard input are judged; a line that is a JSON object is a labelled
     example or has a key "text", and comes back as JSON with a key "verdict".
     """
+    for text in texts:
+        if not _is_text(text):
+            _refuse("an argument is not UTF-8")
     loaded = _load_guard(guard)
     if texts == ["-"]:
         _moderate_lines(loaded, as_json)
@@ -113,7 +123,8 @@ def moderate(
             f"{verdict.severity_score:.2f}",
             ", ".join(verdict.categories),
             ", ".join(verdict.signals),
-            text if len(text) <= 60 else f"{text[:59]}…",
+            # Not as markup: what is judged is shown as it is.
+            Text(text if len(text) <= 60 else f"{text[:59]}…"),
         )
     Console().print(table)
 
@@ -212,6 +223,11 @@ def _moderate_lines(guard: TextGuard, as_json: bool) -> None:
                 print(f"{verdict.level.label}\t{verdict.severity_score:.2f}\t{item.text}")
         sys.stdout.flush()
 
+    # Whatever the locale: the data is UTF-8, and what is not is refused by its line.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape", newline="\n")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
     for chunk in _chunks(_input_rows(sys.stdin), 128):
         flush(chunk)
 
@@ -220,23 +236,38 @@ def _input_rows(lines: Iterable[str]) -> Iterator[tuple[Any, Any]]:
     from pydantic import ValidationError
 
     from models.inputs import GuardInput
+    from service.body import parse_object
+    from service.errors import BadRequest
     from training.labelled import Example
 
     for number, line in enumerate(lines, 1):
-        text = line.rstrip("\n")
+        text = line.rstrip("\r\n")
+        if not _is_text(text):
+            _refuse(f"standard input, line {number}: not UTF-8")
         if not text:
             continue
         if not text.startswith("{"):
             yield text, GuardInput("prompt", text)
             continue
         try:
-            row = json.loads(text)
+            row = parse_object(text.encode())
             if isinstance(row.get("text"), str):
                 yield row, GuardInput("prompt", row["text"])
             else:
                 yield row, Example.model_validate(row).guard_input()
-        except (ValueError, ValidationError):
-            _refuse(f"standard input, line {number}: not JSON with a text or a labelled example")
+        except BadRequest as error:
+            _refuse(f"standard input, line {number}: {error}")
+        except ValidationError:
+            _refuse(f"standard input, line {number}: neither a text nor a labelled example")
+
+
+def _is_text(text: str) -> bool:
+    """Whether ``text`` came as UTF-8; what did not, holds halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -257,8 +288,6 @@ def _described(verdict: Verdict) -> dict[str, Any]:
 
 
 def _load_guard(directory: Path | None) -> TextGuard:
-    import os
-
     from models.checkpoint import DEFAULT_GUARD, CheckpointError
     from models.text_guard import TextGuard
 

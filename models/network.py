@@ -45,7 +45,13 @@ class GuardNetwork(nn.Module):
 
 def from_base(base: str, dropout: float = 0.1) -> GuardNetwork:
     """A network over a pretrained encoder: a hub id or a directory. Heads are fresh."""
-    encoder = AutoModel.from_pretrained(base, dtype=torch.float32, **_options(base))
+    config = AutoConfig.from_pretrained(base)
+    # Dropped attention weights rule out the fused kernels, which are twice as fast.
+    names = ("attention_probs_dropout_prob", "attention_dropout")
+    no_dropout = {name: 0.0 for name in names if hasattr(config, name)}
+    encoder = AutoModel.from_pretrained(
+        base, dtype=torch.float32, **no_dropout, **_arguments(config)
+    )
     return GuardNetwork(cast(PreTrainedModel, encoder), dropout)
 
 
@@ -54,7 +60,7 @@ def load(directory: Path) -> GuardNetwork:
     stored = Checkpoint(directory)
     settings = dict(stored.card.network)
     config: PretrainedConfig = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    encoder = AutoModel.from_config(config, dtype=torch.float32)
+    encoder = AutoModel.from_config(config, dtype=torch.float32, **_arguments(config))
     network = GuardNetwork(encoder)
     path = stored.file(checkpoint.NETWORK)
     try:
@@ -74,13 +80,6 @@ def save(network: GuardNetwork, path: Path) -> None:
     save_file({k: v.half().contiguous() for k, v in network.state_dict().items()}, path)
 
 
-def _options(base: str) -> dict[str, Any]:
-    """How the encoder is loaded, beyond what its own configuration says."""
-    config = AutoConfig.from_pretrained(base)
-    # Dropped attention weights rule out the fused kernels, which are twice as fast.
-    names = ("attention_probs_dropout_prob", "attention_dropout")
-    options: dict[str, Any] = {name: 0.0 for name in names if hasattr(config, name)}
-    if config.model_type in {"bert", "roberta"}:
-        # The pooler is not used: leaving it out saves its parameters.
-        options["add_pooling_layer"] = False
-    return options
+def _arguments(config: PretrainedConfig) -> dict[str, Any]:
+    """BERT's pooler is not used: leaving it out saves its parameters."""
+    return {"add_pooling_layer": False} if config.model_type in {"bert", "roberta"} else {}

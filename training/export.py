@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import onnx
@@ -15,19 +16,23 @@ from models.network import GuardNetwork
 def to_onnx(network: GuardNetwork, path: Path) -> None:
     """Writes the network in float32 with free batch and length axes."""
     network.eval()
-    ids = torch.ones(2, 16, dtype=torch.int64)
+    # Three tensors: the exporter takes one that is passed twice for one input.
+    ids, mask, types = (torch.full((2, 16), value, dtype=torch.int64) for value in (5, 1, 0))
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
     axes = {0: batch, 1: length}
-    program = torch.onnx.export(
-        network,
-        (ids, ids, torch.zeros_like(ids)),
-        input_names=["input_ids", "attention_mask", "token_type_ids"],
-        output_names=["logits"],
-        dynamic_shapes=(axes, axes, axes),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        # The exporter warns of its own use of torch, and of axes that it calls by one name.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            network,
+            (ids, mask, types),
+            input_names=["input_ids", "attention_mask", "token_type_ids"],
+            output_names=["logits"],
+            dynamic_shapes=(axes, axes, axes),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     if program is None:
         raise RuntimeError("the exporter gave no program")
     program.save(str(path))

@@ -111,8 +111,8 @@ def fit(config: GuardConfig, output: Path) -> Mix:
     guard = network.from_base(config.base, config.dropout)
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(guard.encoder.parameters()), "lr": config.learning_rate},
-            {"params": list(guard.head.parameters()), "lr": config.head_learning_rate},
+            {"params": list(guard.encoder.parameters()), "peak": config.learning_rate},
+            {"params": list(guard.head.parameters()), "peak": config.head_learning_rate},
         ],
         weight_decay=config.weight_decay,
     )
@@ -121,13 +121,8 @@ def fit(config: GuardConfig, output: Path) -> Mix:
         for epoch in range(config.epochs)
         for rows in epoch_batches(windows, config.tokens_per_batch, config.seed + epoch)
     ]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, len(plan), config.warmup_share)
-    )
     positive_weight = category_weights(targets)
     done = _resume(output, guard, optimizer)
-    for _ in range(done):
-        schedule.step()
     guard.train()
     with Progress() as progress, (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
         task = progress.add_task("train guard", total=len(plan), completed=done)
@@ -143,8 +138,11 @@ def fit(config: GuardConfig, output: Path) -> Mix:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(guard.parameters(), 1.0)
+            # Set from the step alone, so that a resumed run has the same.
+            factor = learning_rate_factor(step, len(plan), config.warmup_share)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
             optimizer.step()
-            schedule.step()
             record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 5)}
             record |= {name: round(value.item(), 5) for name, value in losses.items()}
             log.write(json.dumps(record) + "\n")

@@ -1,5 +1,7 @@
 """The names, and that every mapping speaks of names that exist."""
 
+from collections.abc import Mapping
+
 import pytest
 
 from models import taxonomy
@@ -38,7 +40,7 @@ def test_every_openai_key_is_an_expression_of_our_names() -> None:
     ],
 )
 def test_every_source_maps_to_our_categories(
-    mapping: dict[str, tuple[str, ...]], size: int
+    mapping: Mapping[str, tuple[str, ...]], size: int
 ) -> None:
     assert len(mapping) == size
     assert {name for names in mapping.values() for name in names} <= set(CATEGORIES)

@@ -8,14 +8,13 @@ from models.taxonomy import CATEGORIES, SIGNALS, Severity
 from models.verdict import Coverage, Verdict, nothing
 
 
-def verdict(
-    at_least: tuple[float, float, float], signals: dict[str, float] | None = None, **scores: float
-) -> Verdict:
+def verdict(at_least: tuple[float, float, float], **scores: float) -> Verdict:
+    """With the scores of the categories and signals that are named."""
     return Verdict(
         "prompt",
         at_least,
         tuple(scores.get(name, 0.0) for name in CATEGORIES),
-        tuple((signals or {}).get(name, 0.0) for name in SIGNALS),
+        tuple(scores.get(name, 0.0) for name in SIGNALS),
         Coverage(1, 1, 1),
     )
 
@@ -54,7 +53,7 @@ def test_a_category_has_the_texts_level_where_it_fires() -> None:
 
 
 def test_signals_stand_beside_harm() -> None:
-    judged = verdict((0.1, 0.0, 0.0), signals={"self_harm": 0.7, "refusal": 0.4})
+    judged = verdict((0.1, 0.0, 0.0), self_harm=0.7, refusal=0.4)
     assert judged.signals == ("self_harm",)
 
 

@@ -89,7 +89,9 @@ def test_only_the_flagged_choices_are_generated_again() -> None:
         Generated((1,), 10),
         judged(ALLOW, start=1),
     )
-    assert [command for command in steps[3] if isinstance(command, Generate)][0].choices == (1,)
+    (generate,) = steps[3]
+    assert isinstance(generate, Generate)
+    assert generate.choices == (1,)
     assert steps[-1] == [Release((0, 1)), Refuse((2,)), End("blocked", 2, "refused")]
 
 

@@ -5,11 +5,12 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import pytest
 
+from models.taxonomy import Severity
 from service.body import dumps, parse_object
 from service.chat import ChatDialect
 from service.errors import (
@@ -164,7 +165,11 @@ class TestBlocking:
             {"role": "assistant", "content": "no"},
             {"role": "user", "content": SAFE},
         ]
-        for context, outcome in (("latest_turn", "annotated"), ("all", "blocked")):
+        cases: tuple[tuple[Literal["latest_turn", "all"], str], ...] = (
+            ("latest_turn", "annotated"),
+            ("all", "blocked"),
+        )
+        for context, outcome in cases:
             async with make_rig(Policy(context=context)) as rig:
                 rig.answers(text("hello"))
                 assert shown(await rig.send(messages=messages))[0] == outcome
@@ -247,8 +252,13 @@ class TestRegenerating:
 
     async def test_a_rule_may_block_where_another_regenerates(self, make_rig: MakeRig) -> None:
         rules = (
-            Rule(direction="response", categories=("violence",), severity="severe", action=Action.BLOCK),
-            Rule(direction="response", severity="minor", action=Action.REGENERATE),
+            Rule(
+                direction="response",
+                categories=("violence",),
+                severity=Severity.SEVERE,
+                action=Action.BLOCK,
+            ),
+            Rule(direction="response", severity=Severity.MINOR, action=Action.REGENERATE),
             Rule(action=Action.ALLOW),
         )
         async with make_rig(Policy(rules=rules)) as rig:

@@ -8,14 +8,14 @@ import pytest
 
 from models.taxonomy import SIGNALS
 from training.labelled import LabelError
-from training.mix import Row, Source, build
+from training.mix import Mix, Row, Source, build
 
 
 def prompt(number: int, text: str, **labels: Any) -> dict[str, Any]:
     return {"id": str(number), "source": "s", "role": "prompt", "prompt": text} | labels
 
 
-def rows_of(directory: Path, rows: list[dict[str, Any]], share: float = 0.5, **more: Any) -> Any:
+def rows_of(directory: Path, rows: list[dict[str, Any]], share: float = 0.5, **more: Any) -> Mix:
     path = directory / "f.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return build(directory, [Source(file="f.jsonl", **more)], share, seed=1)
