@@ -25,6 +25,7 @@ from service.errors import (
     SluicegateError,
 )
 from service.exchange import Dialect, Direction, Field
+from service.gate import Outcome
 from service.gateway import Incoming
 from service.headers import request_headers
 from service.judgement import Judgement
@@ -124,19 +125,22 @@ class _Routes:
         judge = self._runtime.judge
         ledger = self._runtime.keeper.open(origin)
         judged: dict[Direction, tuple[Decision, list[Judgement]]] = {}
+        outcomes: dict[Direction, Outcome] = {}
         loop = asyncio.get_running_loop()
-        for direction, asked in fields.items():
-            started = loop.time()
-            judgements = await judge.judge(direction, asked)
-            ledger.judged(direction, 0, judgements, loop.time() - started)
-            judged[direction] = (judge.prevailing(direction, judgements), judgements)
-        await ledger.close(
-            {
-                direction: "allowed" if decision.action is Action.ALLOW else "annotated"
-                for direction, (decision, _) in judged.items()
-            },
-            0,
-        )
+        try:
+            for direction, asked in fields.items():
+                outcomes[direction] = "error"
+                started = loop.time()
+                judgements = await judge.judge(direction, asked)
+                ledger.judged(direction, 0, judgements, loop.time() - started)
+                decision = judge.prevailing(direction, judgements)
+                judged[direction] = (decision, judgements)
+                is_allowed = decision.action is Action.ALLOW
+                outcomes[direction] = "allowed" if is_allowed else "annotated"
+        except SluicegateError:
+            await ledger.close(outcomes, 0)
+            raise
+        await ledger.close(outcomes, 0)
         return judged
 
     def proxy(self, dialect: Dialect) -> Handler:
@@ -169,12 +173,13 @@ class _Routes:
                 "created": 0,
                 "owned_by": "sluicegate",
             }
-            return _json({"object": "list", "data": [model]})
+            return _named(request, _json({"object": "list", "data": [model]}))
         try:
             answer = await upstream.get("/v1/models", request_headers(_pairs(request)))
         except SluicegateError as error:
-            return error_response(error)
-        return Response(answer.body, answer.status, media_type="application/json")
+            return _named(request, error_response(error))
+        shown = Response(answer.body, answer.status, media_type="application/json")
+        return _named(request, shown)
 
 
 def error_response(error: SluicegateError) -> Response:
@@ -206,12 +211,16 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: Exception) -> Response:
         """What the router itself refuses."""
-        if isinstance(error, HTTPException) and error.status_code == 405:
-            allowed = (error.headers or {}).get("allow", "another method")
-            return error_response(MethodNotAllowed(f"this route takes {allowed}"))
-        return error_response(
-            NotFound("there is no such route: see the README for those that there are")
+        refusal: SluicegateError = NotFound(
+            "there is no such route: see the README for those that there are"
         )
+        headers: Mapping[str, str] = {}
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            headers = error.headers or {}
+            refusal = MethodNotAllowed(f"this route takes {headers.get('Allow', 'another method')}")
+        response = error_response(refusal)
+        response.headers.update(headers)
+        return _named(request, response)
 
 
 async def _while_connected(request: Request, work: Awaitable[Response]) -> Response:
@@ -253,6 +262,11 @@ def _refuse_encoding(request: Request) -> None:
 def _request_id(request: Request) -> str:
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid4().hex
+
+
+def _named(request: Request, response: Response) -> Response:
+    response.headers["x-request-id"] = _request_id(request)
+    return response
 
 
 def _pairs(request: Request) -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@
     ├── Overloaded            429  too much is waiting; come back later
     ├── GuardUnavailable      503  no verdict could be had
     ├── NoUpstream            503  no upstream is configured
+    ├── StateUnavailable      503  Redis cannot be reached, or refuses the command
+    ├── RecordNotKept         503  an exchange could leave its record nowhere
     └── UpstreamError         502  the upstream failed
         ├── UpstreamUnreachable  502  no connection
         ├── UpstreamMalformed    502  an answer that we cannot read, and so cannot judge
@@ -132,6 +134,20 @@ class NoUpstream(SluicegateError):
 
     status = 503
     code = "no_upstream"
+
+
+class StateUnavailable(SluicegateError):
+    """Redis cannot be reached, or refuses the command."""
+
+    status = 503
+    code = "state_unavailable"
+
+
+class RecordNotKept(SluicegateError):
+    """A record could be put neither into Redis nor onto the disk."""
+
+    status = 503
+    code = "record_not_kept"
 
 
 class UpstreamError(SluicegateError):

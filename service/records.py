@@ -21,8 +21,9 @@ from typing import Any, Final
 from uuid import uuid4
 
 from models.taxonomy import Role
-from service.spool import RecordNotKept, Spool
-from service.state import State, StateUnavailable
+from service.errors import RecordNotKept, StateUnavailable
+from service.spool import Spool
+from service.state import State
 
 STREAM: Final = "sg1:{records}:stream"
 """Entries with ``id`` and ``data``, the JSON of ``Record.to_fields``."""

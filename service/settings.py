@@ -21,6 +21,8 @@ from service.errors import ConfigurationError
 
 PREFIX: Final = "SLUICEGATE_"
 MEBIBYTE: Final = 2**20
+ADMIN_PORT: Final = 8081
+"""Where metrics are apart and nobody said where."""
 
 
 def default_data_directory() -> Path:
@@ -81,10 +83,9 @@ class Settings(BaseSettings):
                 f"host {self.host} is open to other machines and no keys are set:"
                 " listen on 127.0.0.1, or say allow_unauthenticated: true"
             )
-        if self.admin_port and self.admin_port == self.port:
-            raise ValueError(
-                f"port and admin_port are both {self.port}: give two, or leave admin_port out"
-            )
+        admin_port = ADMIN_PORT if self.admin_port is None else self.admin_port
+        if self.admin_is_apart and self.port and admin_port == self.port:
+            raise ValueError(f"port and admin_port are both {self.port}: give two")
         return self
 
     @property

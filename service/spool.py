@@ -15,20 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
-from service.errors import ConfigurationError, SluicegateError
+from service.errors import ConfigurationError, RecordNotKept
 
 CHUNK_BYTES: Final = 256 * 1024
 """About how much is read, and sent, at once."""
 
 T = TypeVar("T")
 Waiter = tuple[bytes, int, asyncio.Future[None]]
-
-
-class RecordNotKept(SluicegateError):
-    """A record could be put neither into Redis nor onto the disk."""
-
-    status = 503
-    code = "record_not_kept"
 
 
 class Spool:
@@ -176,15 +169,13 @@ class _File:
             self.lines, self.size = self._scan()
             self._sent = 0
             self.torn = int(os.fstat(self._fd).st_size > self.size)
-            os.ftruncate(self._fd, self.size)
-            os.fsync(self._fd)
             _sync_directory(path.parent)
         except BaseException:
             os.close(self._fd)
             raise
 
     def append(self, blob: bytes, lines: int) -> None:
-        # A write that failed half-way (a full disk) left a tail, which must not join this one.
+        # A crash or a full disk left half a line behind the whole ones; it must not join these.
         os.ftruncate(self._fd, self.size)
         rest = memoryview(blob)
         place = self.size

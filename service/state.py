@@ -31,19 +31,12 @@ from redis.exceptions import (
     ResponseError,
 )
 
-from service.errors import ConfigurationError, SluicegateError
+from service.errors import ConfigurationError, StateUnavailable
 from service.private_valkey import PrivateValkey
 
 PRIVATE_MEMORY_BYTES: Final = 256 * 2**20
 
 logger = logging.getLogger(__name__)
-
-
-class StateUnavailable(SluicegateError):
-    """Redis cannot be reached, or refuses the command."""
-
-    status = 503
-    code = "state_unavailable"
 
 
 class State:

@@ -45,6 +45,8 @@ class GuardConfig(BaseModel):
     """Name and version of the guard that is made."""
     base: str
     """Encoder to start from: a hub id or a directory."""
+    base_name: str
+    """What the card calls it, wherever it was read from."""
     base_licence: str
     licence: str
     """Of the weights that are made."""

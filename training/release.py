@@ -66,7 +66,7 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
     card = Card(
         id=config.id,
         licence=config.licence,
-        base=config.base,
+        base=config.base_name,
         base_licence=config.base_licence,
         taxonomy=taxonomy.VERSION,
         input_version=inputs.VERSION,
@@ -80,7 +80,7 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
         ),
         labels=config.labels,
         limits=config.limits,
-        training=config.model_dump(mode="json", exclude={"data", "licences", "labels", "limits"})
+        training=config.model_dump(mode="json", exclude={"base", "data", "licences", "labels", "limits"})
         | {"machine": f"{platform.machine()}, {platform.system()}"},
         metrics={},
         hashes={},

@@ -14,10 +14,11 @@ import pytest
 from redis.asyncio import Redis
 
 from models.taxonomy import CATEGORIES, SIGNALS
+from service.errors import RecordNotKept, StateUnavailable
 from service.private_valkey import PrivateValkey
 from service.records import ENTRIES, STREAM, Record, Recorder
-from service.spool import RecordNotKept, Spool
-from service.state import State, StateUnavailable
+from service.spool import Spool
+from service.state import State
 
 RECORD = Record(
     time=1_700_000_000.25,

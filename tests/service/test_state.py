@@ -10,12 +10,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-import redis
 from redis.asyncio import Redis
 
-from service.errors import ConfigurationError
+from service.errors import ConfigurationError, StateUnavailable
 from service.private_valkey import PrivateValkey
-from service.state import State, StateUnavailable
+from service.state import State
 
 SECRET = "open-sesame"
 
@@ -32,15 +31,17 @@ async def server(shared: PrivateValkey) -> AsyncIterator[PrivateValkey]:
     """A server that the state under test does not own, as it was configured at first."""
     url = await shared.start()
     # Connected before a test sets a password, this one stays let in.
-    with redis.Redis.from_url(url) as administrator:
-        administrator.flushall()
+    async with Redis.from_url(url) as administrator:
+        await administrator.flushall()
         yield shared
         if shared.process_id is not None:
-            administrator.acl_setuser("default", enabled=True, nopass=True, categories=["+@all"])
-            administrator.config_set("requirepass", "")
-            administrator.config_set("maxmemory", 64 * 2**20)
-            administrator.config_set("maxmemory-policy", "noeviction")
-            administrator.config_set("port", 0)
+            await administrator.acl_setuser(
+                "default", enabled=True, nopass=True, categories=["+@all"]
+            )
+            await administrator.config_set("requirepass", "")
+            await administrator.config_set("maxmemory", 64 * 2**20)
+            await administrator.config_set("maxmemory-policy", "noeviction")
+            await administrator.config_set("port", 0)
 
 
 @asynccontextmanager

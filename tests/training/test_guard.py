@@ -70,6 +70,7 @@ def config(base: Path, data: Path, **changes: Any) -> GuardConfig:
     values = {
         "id": "made-1",
         "base": str(base),
+        "base_name": "tiny",
         "base_licence": "Apache-2.0",
         "licence": "Apache-2.0",
         "data": data,

@@ -1,0 +1,171 @@
+"""A real server: the service's applications on real sockets, on a thread and loop of its own."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import uvicorn
+import uvloop
+import yaml
+
+from models.guard import Guard
+from service.app import create_admin_app, create_app
+from service.runtime import Runtime, open_runtime
+from service.server import bind, by_port
+from service.settings import PREFIX, Settings
+from tests.fake_upstream import FakeUpstream
+from tests.guards import WordGuard
+
+T = TypeVar("T")
+
+_PATIENCE = 20.0
+"""Seconds after which a test that would hang fails."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_settings_of_the_developer() -> None:
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        del os.environ[name]
+
+
+@dataclass
+class Server:
+    """A running service. ``upstream`` is the fake that it guards, if it guards one."""
+
+    url: str
+    admin_url: str
+    runtime: Runtime
+    upstream: FakeUpstream | None
+    loop: asyncio.AbstractEventLoop
+    clients: ExitStack = field(default_factory=ExitStack)
+
+    def client(self, **options: Any) -> httpx.Client:
+        """A client that is closed with the server; without patience for a server that hangs."""
+        made = httpx.Client(base_url=self.url, timeout=_PATIENCE, trust_env=False, **options)
+        return self.clients.enter_context(made)
+
+    def metrics(self) -> str:
+        """What Prometheus would read."""
+        return httpx.get(f"{self.admin_url}/metrics", trust_env=False).text
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, run on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(_PATIENCE)
+
+    def sample(self, name: str, **labels: str) -> float:
+        """The value of a metric; 0 where it was never counted."""
+        registry = self.runtime.metrics.registry
+        return registry.get_sample_value(f"sluicegate_{name}", labels) or 0.0
+
+
+StartServer = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """Starts servers that run until the module's tests have ended.
+
+    ``policy`` is a policy file's content, ``guard`` stands in for the shipped one, a fake
+    ``upstream`` is started before the service and guarded by it; the rest are settings.
+    """
+    with ExitStack() as stack:
+
+        def start(
+            *,
+            policy: dict[str, Any] | None = None,
+            guard: Guard | None = None,
+            upstream: FakeUpstream | str | None = None,
+            **settings: Any,
+        ) -> Server:
+            directory = tmp_path_factory.mktemp("server")
+            if policy is not None:
+                file = directory / "policy.yaml"
+                file.write_text(yaml.safe_dump(policy), "utf-8")
+                settings["policy"] = file
+            settings = {"port": 0, "data_directory": directory / "data"} | settings
+            server = _running(guard or WordGuard(), upstream, settings)
+            return stack.enter_context(server)
+
+        yield start
+
+
+@contextmanager
+def _running(
+    guard: Guard, upstream: FakeUpstream | str | None, settings: dict[str, Any]
+) -> Iterator[Server]:
+    started: Future[Server] = Future()
+    stop: list[Callable[[], None]] = []
+
+    async def live() -> None:
+        async with AsyncExitStack() as stack:
+            fake = upstream if isinstance(upstream, FakeUpstream) else None
+            if fake is not None:
+                await stack.enter_async_context(fake)
+            settings["upstream"] = fake.url if fake else upstream
+            made = Settings(**settings)
+            sockets = [bind(made.host, made.port, "port")]
+            if made.admin_is_apart:
+                sockets.append(bind(made.admin_host, made.admin_port or 0, "admin_port"))
+            urls = ["http://{}:{}".format(*socket.getsockname()[:2]) for socket in sockets]
+            runtime = await stack.enter_async_context(open_runtime(made, guard))
+            application: Any = create_app(runtime)
+            if made.admin_is_apart:
+                port = sockets[1].getsockname()[1]
+                application = by_port({port: create_admin_app(runtime)}, application)
+            server = Server(urls[0], urls[-1], runtime, fake, asyncio.get_running_loop())
+            uvicorn_server = _Uvicorn(
+                # As service.server configures it.
+                uvicorn.Config(
+                    application,
+                    http="httptools",
+                    lifespan="off",
+                    access_log=False,
+                    log_config=None,
+                    server_header=False,
+                    proxy_headers=False,
+                    timeout_graceful_shutdown=1,
+                ),
+                lambda: started.set_result(server),
+            )
+            stop.append(lambda: setattr(uvicorn_server, "should_exit", True))
+            await uvicorn_server.serve(sockets=sockets)
+
+    def run() -> None:
+        try:
+            uvloop.run(live())
+        except BaseException as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=run, name="server")
+    thread.start()
+    try:
+        server = started.result(_PATIENCE)
+        try:
+            yield server
+        finally:
+            server.clients.close()
+            stop[0]()
+    finally:
+        thread.join(_PATIENCE)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+class _Uvicorn(uvicorn.Server):
+    """Says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, listens: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._listens = listens
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._listens()
