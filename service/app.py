@@ -90,6 +90,11 @@ class _Routes:
             except ClientDisconnected:
                 # Nobody reads this; the status is what proxies log for it.
                 response = Response(status_code=499)
+            except RecursionError:
+                # Just under what the parser takes, and too deep for what comes after it.
+                response = error_response(
+                    BadRequest("the body is nested too deeply", code="invalid_json")
+                )
             except Exception as error:
                 response = _bug(error, path)
             response.headers["x-request-id"] = request_id

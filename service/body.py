@@ -43,8 +43,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in ``raw``.
 
     Refused with ``BadRequest``: bytes that are not UTF-8, malformed JSON, a key that stands twice
-    in one object, NaN, infinities and numbers that only fit an infinity, strings that are not text (lone surrogates, NUL), nesting
-    that overflows the parser, and anything but an object.
+    in one object, NaN, infinities and numbers that would become one, strings that are not text
+    (lone surrogates, NUL), nesting that overflows the parser, and anything but an object.
     """
     try:
         text = raw.decode("utf-8")
@@ -53,7 +53,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
             f"the body is not UTF-8 (byte {error.start}): encode it as UTF-8", code="invalid_utf8"
         ) from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+        )
     except json.JSONDecodeError as error:
         raise BadRequest(
             f"the body is not JSON: {error.msg.lower().removesuffix(' at')} at line {error.lineno},"

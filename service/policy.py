@@ -65,9 +65,7 @@ class Rule(_Part):
 
     action: Annotated[Action, BeforeValidator(_action)]
     direction: Literal["prompt", "response", "any"] = "any"
-    categories: Annotated[
-        Literal["any"] | tuple[str, ...], BeforeValidator(_categories)
-    ] = "any"
+    categories: Annotated[Literal["any"] | tuple[str, ...], BeforeValidator(_categories)] = "any"
     severity: Annotated[Severity, BeforeValidator(_severity)] = Severity.NONE
 
     @model_validator(mode="after")

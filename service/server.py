@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import uvicorn
 
+from models.guard import Guard
 from service.app import create_admin_app, create_app
 from service.errors import ConfigurationError
 from service.runtime import Runtime, open_runtime
@@ -23,15 +24,18 @@ Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Callable[..., Awaitable[Any]], Callable[..., Awaitable[Any]]], Any]
 
 
-async def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT. Raises ``ConfigurationError`` if it cannot start."""
+async def serve(settings: Settings, guard: Guard | None = None) -> None:
+    """Serves until SIGTERM or SIGINT. Raises ``ConfigurationError`` if it cannot start.
+
+    ``guard`` stands in for the one that the settings name.
+    """
     # Sockets first: a port in use is found before anything is loaded.
     public = bind(settings.host, settings.port, "port")
     admin = None
     if settings.admin_is_apart:
         port = _ADMIN_PORT if settings.admin_port is None else settings.admin_port
         admin = bind(settings.admin_host, port, "admin_port")
-    async with open_runtime(settings) as runtime:
+    async with open_runtime(settings, guard) as runtime:
         application: Any = create_app(runtime)
         sockets = [public]
         if admin is not None:

@@ -45,6 +45,7 @@ class Server:
     upstream: FakeUpstream | None
     loop: asyncio.AbstractEventLoop
     clients: ExitStack = field(default_factory=ExitStack)
+    _watcher: httpx.Client | None = None
 
     def client(self, **options: Any) -> httpx.Client:
         """A client that is closed with the server; without patience for a server that hangs."""
@@ -53,7 +54,9 @@ class Server:
 
     def metrics(self) -> str:
         """What Prometheus would read."""
-        return httpx.get(f"{self.admin_url}/metrics", trust_env=False).text
+        # Making a client is the slow part: it reads the certificates of the world.
+        self._watcher = self._watcher or self.client()
+        return self._watcher.get(f"{self.admin_url}/metrics").text
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``, run on the server's loop."""

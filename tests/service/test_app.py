@@ -14,7 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.fake_upstream import FakeUpstream
+from tests.fake_upstream import Answer, Choice, Completion, FakeUpstream, whole
 from tests.guards import CANARY, BrokenGuard, SlowGuard, WordGuard
 from tests.service.conftest import Server, StartServer
 
@@ -60,7 +60,7 @@ def chat(*messages: Any, **keys: Any) -> bytes:
 def log(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the service logged during a test, tracebacks included."""
     formatter = logging.Formatter("%(levelname)s %(name)s %(message)s")
-    # The client's loggers are not ours, and pytest turns on the access log, which a service has off.
+    # The client's loggers are not ours, and pytest turns on the access log that a service has off.
     others = ("httpx", "httpcore", "uvicorn.access", "asyncio.selector")
     records = caplog.get_records("call")
     return [formatter.format(one) for one in records if not one.name.startswith(others)]
@@ -193,7 +193,11 @@ REFUSED = {
 class TestBadInput:
     @pytest.fixture(autouse=True)
     def nothing_is_echoed(
-        self, server: Server, caplog: pytest.LogCaptureFixture, answers: list[httpx.Response]
+        self,
+        server: Server,
+        client: httpx.Client,
+        caplog: pytest.LogCaptureFixture,
+        answers: list[httpx.Response],
     ) -> Iterator[None]:
         """Holds for every test here: after a bad request the service is as well as before."""
         caplog.set_level(logging.DEBUG)
@@ -205,7 +209,7 @@ class TestBadInput:
         assert not [line for line in logged if CANARY in line]
         assert not [line for line in logged if line.startswith(("ERROR", "CRITICAL"))]
         assert CANARY not in server.metrics()
-        assert httpx.get(f"{server.url}/health/ready", trust_env=False).status_code == 200
+        assert client.get("/health/ready").status_code == 200
 
     @pytest.fixture
     def answers(self) -> list[httpx.Response]:
@@ -261,6 +265,15 @@ class TestBadInput:
         assert "content-length" not in answer.request.headers
         assert (answer.status_code, error(answer)["code"]) == (413, "body_too_large")
         assert post(MODERATIONS, iter([b'{"input"', b': "w1"}'])).status_code == 200
+
+    def test_every_depth_is_forwarded_or_refused(self, start_server: StartServer) -> None:
+        """What parses just so must not fail later, where it is written again."""
+        said = Answer(body=whole(Completion((Choice(("w1",)),))))
+        client = start_server(upstream=FakeUpstream(said)).client()
+        head = chat({"role": "user", "content": "w1"}, moderation={})[:-1] + b', "x": '
+        for depth in (100, *range(960, 1000, 2)):
+            answer = client.post(CHAT, content=head + b"[" * depth + b"]" * depth + b"}")
+            assert answer.status_code in (200, 400)
 
     @pytest.mark.parametrize("encoding", ["gzip", "br", "x-" + CANARY])
     def test_an_encoded_body_is_refused_rather_than_misread(

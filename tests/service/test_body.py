@@ -26,7 +26,7 @@ VALUES = st.recursive(
 
 
 class TestParsing:
-    @settings(max_examples=50)
+    @settings(max_examples=50, deadline=None)
     @given(st.dictionaries(TEXTS, VALUES, max_size=4), st.booleans())
     def test_every_json_object_is_read_as_it_is(self, value: dict[str, Any], escaped: bool) -> None:
         assert parse_object(json.dumps(value, ensure_ascii=escaped).encode()) == value
@@ -77,6 +77,7 @@ class TestParsing:
         raw = rb'{"a": "\ud83d\ude00", "b": "\\ud800", "c": "\\u0000"}'
         assert parse_object(raw) == {"a": "😀", "b": r"\ud800", "c": r"\u0000"}
 
+    @settings(deadline=None)
     @given(st.binary(max_size=60))
     def test_any_bytes_are_read_or_refused_without_their_content(self, raw: bytes) -> None:
         marked = b'{"' + CANARY.encode() + b'": ' + raw + b"}"
@@ -131,7 +132,7 @@ class TestStrings:
         value = {"a": ["b", {"c": "d"}, 1, None], "e": "f", "g": True}
         assert list(strings(value)) == ["a", "b", "c", "d", "e", "f", "g"]
 
-    @settings(max_examples=50)
+    @settings(max_examples=50, deadline=None)
     @given(VALUES)
     def test_all_of_them_are_found(self, value: Any) -> None:
         found = deque(strings(value))

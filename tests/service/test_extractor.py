@@ -27,7 +27,7 @@ def texts_of(value: Any) -> list[str]:
     return []
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(VALUES)
 def test_leaves_are_all_strings_one_a_line(value: Any) -> None:
     assert extractor.leaves(value) == "\n".join(texts_of(value))
@@ -37,7 +37,7 @@ def test_leaves_leave_out_what_is_blank() -> None:
     assert extractor.leaves(["a", "", " \n", {"": "b"}]) == "a\nb"
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(TEXTS, VALUES, max_size=5), st.data())
 def test_every_string_under_an_unknown_key_is_scanned(
     body: dict[str, Any], data: st.DataObject
@@ -72,7 +72,7 @@ def test_arguments_are_scanned_as_what_they_mean_where_they_parse(raw: Any, scan
     assert extractor.arguments(raw) == scanned
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(TEXTS, VALUES, max_size=4))
 def test_no_string_in_arguments_hides_behind_escapes(value: dict[str, Any]) -> None:
     assert extractor.arguments(json.dumps(value)) == extractor.leaves(value)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -98,6 +98,7 @@ class TestMatching:
         assert decide(made, "prompt", verdict(SEVERE, "drugs")).action is ANNOTATE
         assert decide(made, "prompt", verdict(SEVERE, "violence")).action is BLOCK
 
+    @settings(deadline=None)
     @given(
         st.sampled_from(["prompt", "response"]),
         st.sampled_from(Severity),
