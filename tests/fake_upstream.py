@@ -397,9 +397,9 @@ _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _STREAM = re.compile(rb'"stream" *: *true')
 
 
-def prebuilt(content: str) -> tuple[bytes, bytes]:
+def prebuilt(content: str, model: str) -> tuple[bytes, bytes]:
     """The bytes of a whole answer and of a streamed one, status lines and headers included."""
-    completion = Completion((Choice(pieces(content)),))
+    completion = Completion((Choice(pieces(content)),), model=model)
     body = whole(completion)
     head = b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: "
     answer = b"%sapplication/json\r\ncontent-length: %d\r\n\r\n%s" % (head, len(body), body)
@@ -410,9 +410,9 @@ def prebuilt(content: str) -> tuple[bytes, bytes]:
     return answer, stream + chunks + b"0\r\n\r\n"
 
 
-async def serve(host: str, port: int, content: str) -> None:
+async def serve(host: str, port: int, content: str, model: str) -> None:
     """Serves the same answer for ever, and prints the address once it can be used."""
-    answer, stream = prebuilt(content)
+    answer, stream = prebuilt(content, model)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Prebuilt(answer, stream), host, port)
     print(f"http://{host}:{server.sockets[0].getsockname()[1]}", flush=True)
@@ -424,8 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--text", default=HELLO, help="what it answers")
+    parser.add_argument("--model", default=MODEL, help="who it says that it is")
     options = parser.parse_args(arguments)
-    uvloop.run(serve(options.host, options.port, options.text))
+    uvloop.run(serve(options.host, options.port, options.text, options.model))
 
 
 if __name__ == "__main__":
