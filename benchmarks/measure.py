@@ -251,7 +251,7 @@ async def load(port: int, requests: Sequence[bytes], concurrency: int, seconds: 
     connections = []
     for _ in range(concurrency):
         _, protocol = await loop.create_connection(lambda: _Connection(state), "127.0.0.1", port)
-        connections.append(cast(_Connection, protocol))
+        connections.append(protocol)
     await asyncio.gather(*(connection.done for connection in connections))
     elapsed = time.perf_counter() - started_at
     return Load(len(state.latencies), elapsed, tuple(sorted(state.latencies)))

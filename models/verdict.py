@@ -15,6 +15,8 @@ from models.taxonomy import CATEGORIES, SIGNALS, Role, Severity
 OPERATING_POINT: Final = 0.5
 """Calibrated probabilities at or above this fire. There is no second threshold anywhere."""
 
+_LEVELS: Final = tuple(Severity)
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
@@ -55,7 +57,11 @@ class Verdict:
     @property
     def level(self) -> Severity:
         """The largest level whose probability is at least the operating point."""
-        return Severity(sum(p >= OPERATING_POINT for p in self.at_least))
+        # Asked for many times of each verdict, hence no loop.
+        minor, moderate, severe = self.at_least
+        return _LEVELS[
+            (minor >= OPERATING_POINT) + (moderate >= OPERATING_POINT) + (severe >= OPERATING_POINT)
+        ]
 
     @property
     def categories(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,14 +43,12 @@ class _Job:
         self.unscored = len(self.rest)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
+    """One window of a job."""
+
     job: _Job
     number: int
-
-    @property
-    def window(self) -> Window:
-        return self.job.prepared.windows[self.number]
+    window: Window
 
 
 class Batcher:
@@ -106,7 +105,12 @@ class Batcher:
         no room, ``Overloaded`` before anything is judged, ``GuardUnavailable`` if
         an input could not be. A caller that is cancelled takes its windows out of the queue.
         """
-        prepared = [await self._prepare(item) for item in items]
+        prepared = [
+            self.guard.prepare(item)
+            if len(item.text) <= _INLINE_CHARACTERS
+            else await self._prepare(item)
+            for item in items
+        ]
         self._check_size(prepared)
         if admit:
             self._check_room(prepared)
@@ -136,8 +140,6 @@ class Batcher:
                 job.done.cancel()
 
     async def _prepare(self, item: GuardInput) -> Windows:
-        if len(item.text) <= _INLINE_CHARACTERS:
-            return self.guard.prepare(item)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoder, self.guard.prepare, item)
 
@@ -188,7 +190,8 @@ class Batcher:
             for _ in range(len(turn)):
                 job = turn.popleft()
                 if position < len(job.rest):
-                    candidates.append(_Row(job, job.rest[position]))
+                    number = job.rest[position]
+                    candidates.append(_Row(job, number, job.prepared.windows[number]))
                     turn.append(job)
                 if len(candidates) == _CANDIDATES:
                     break

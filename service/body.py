@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from service.errors import BadRequest, TooLarge
 
@@ -52,10 +52,10 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         raise BadRequest(
             f"the body is not UTF-8 (byte {error.start}): encode it as UTF-8", code="invalid_utf8"
         ) from None
+    if text.startswith("\ufeff"):
+        raise BadRequest("the body begins with a byte order mark: leave it out", code="invalid_json")
     try:
-        value = json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
-        )
+        value = _decode(text)
     except json.JSONDecodeError as error:
         raise BadRequest(
             f"the body is not JSON: {error.msg.lower().removesuffix(' at')} at line {error.lineno},"
@@ -97,6 +97,12 @@ def _finite(digits: str) -> float:
     return value
 
 
+_decode: Final = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite
+).decode
+_encode: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _refuse_what_is_not_text(value: Any) -> None:
     for string in strings(value):
         if "\x00" in string:
@@ -128,4 +134,4 @@ def strings(value: Any) -> Iterator[str]:
 
 def dumps(value: Any) -> str:
     """Compact JSON in UTF-8's own characters."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _encode(value)

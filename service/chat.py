@@ -239,7 +239,7 @@ def conversation_fields(messages: list[Any]) -> Iterator[Field]:
 
 def _request_fields(body: Mapping[str, Any], messages: list[Any]) -> Iterator[Field]:
     yield from conversation_fields(messages)
-    definitions = extractor.leaves([body.get("tools"), body.get("functions")])
+    definitions = extractor.named(body, "tools", "functions")
     if definitions:
         yield Field("tool_definition", "tools", GuardInput("prompt", definitions))
     documents = extractor.leaves(body.get("documents"))
@@ -285,11 +285,7 @@ def _message_fields(
     pieces: list[tuple[FieldName, str, str]] = [
         (_FIELD_OF_SPEAKER[speaker], "content", text),
         ("refusal", "refusal", extractor.leaves(message.get("refusal"))),
-        (
-            "reasoning",
-            "reasoning",
-            extractor.leaves([message.get("reasoning"), message.get("reasoning_content")]),
-        ),
+        ("reasoning", "reasoning", extractor.named(message, "reasoning", "reasoning_content")),
         ("tool_call", "tool_calls", "\n".join(map(_call_text, calls))),
         ("other", "", extractor.unknown(message, _MESSAGE_KEYS)),
     ]

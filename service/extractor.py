@@ -15,13 +15,19 @@ from service.body import strings
 
 def leaves(value: Any) -> str:
     """All strings of a JSON value, keys of objects included, one a line."""
+    if not value:
+        return ""
     return "\n".join(text for text in strings(value) if text.strip())
+
+
+def named(body: Mapping[str, Any], *names: str) -> str:
+    """The strings under the keys ``names``."""
+    return leaves([body[name] for name in names if body.get(name)])
 
 
 def unknown(body: Mapping[str, Any], known: frozenset[str]) -> str:
     """The strings under keys that are not in ``known``."""
-    rest = [body[key] for key in body.keys() - known if body[key] is not None]
-    return leaves(rest) if rest else ""
+    return leaves([body[key] for key in body.keys() - known if body[key] is not None])
 
 
 def arguments(raw: Any) -> str:

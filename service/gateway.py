@@ -236,10 +236,9 @@ class Gateway:
                 return DeadlinePassed()
         progress.answers.append((response, answer))
         for number, choice in zip(numbers, answer.choices, strict=False):
-            body_of_choice = (
-                choice.body if command.attempt == 1 else {**choice.body, "index": number}
-            )
-            progress.choices[number] = replace(choice, index=number, body=body_of_choice)
+            if command.attempt > 1:
+                choice = replace(choice, index=number, body={**choice.body, "index": number})
+            progress.choices[number] = choice
             progress.attempt_of[number] = command.attempt
         return Generated(numbers, _completion_tokens(answer))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import random
 import time
@@ -52,7 +51,7 @@ class Bookkeeper:
         for turn in item.context:
             parts += (turn.speaker, turn.text)
         message = "\x00".join(parts).encode("utf-8", "surrogatepass")
-        return hmac.new(self._hash_key, message, hashlib.sha256).hexdigest()
+        return hmac.digest(self._hash_key, message, "sha256").hex()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from time import perf_counter
@@ -214,6 +214,7 @@ class UpstreamStream:
         self._deadlines = deadlines
         self._max_body_bytes = max_body_bytes
         self._started = started
+        self._read = 0
         self.status: int = response.status
         # ISO 8859-1 gives each byte a character, and so any value can be passed on as it was.
         self.headers: Headers = tuple(
@@ -247,24 +248,33 @@ class UpstreamStream:
         Reading slowly slows the upstream down. Only waiting for it counts against the idle
         deadline, not the time that the reader takes.
         """
-        content = self._response.content
-        read = 0
-        while True:
-            if content.is_eof():
-                chunk = content.read_nowait()
-            else:
-                limits = self._deadlines
-                async with _Border("idle", limits.idle, self._started, limits.total):
-                    chunk = await content.readany()
-            if not chunk:
-                return
-            read += len(chunk)
-            self._check_size(read)
+        while chunk := await self._next():
             yield chunk
 
     async def read(self) -> bytes:
         """The whole body."""
-        return b"".join([chunk async for chunk in self.chunks()])
+        chunks = []
+        while chunk := await self._next():
+            chunks.append(chunk)
+        return b"".join(chunks)
+
+    def close(self) -> None:
+        """Closes the connection, unless the answer was read to its end and gave it back."""
+        if not self._response.closed:
+            self._response.close()
+
+    async def _next(self) -> bytes:
+        """The next piece; empty at the end."""
+        content = self._response.content
+        if content.is_eof():
+            chunk = content.read_nowait()
+        else:
+            limits = self._deadlines
+            async with _Border("idle", limits.idle, self._started, limits.total):
+                chunk = await content.readany()
+        self._read += len(chunk)
+        self._check_size(self._read)
+        return chunk
 
     def seconds(self) -> float:
         """The time since the start of the call."""
@@ -337,26 +347,34 @@ class Upstream:
         """
         return await self._whole("POST", path, body, headers)
 
-    def stream(
+    @asynccontextmanager
+    async def stream(
         self, path: str, body: bytes, headers: Mapping[str, str]
-    ) -> AbstractAsyncContextManager[UpstreamStream]:
+    ) -> AsyncIterator[UpstreamStream]:
         """An answer to be read as it comes. Raises UpstreamError, here and while it is read.
 
         Leaving the block before the end of the answer closes the connection.
         """
-        return self._answer("POST", path, body, headers)
+        answer = await self._begin("POST", path, body, headers)
+        try:
+            yield answer
+        finally:
+            answer.close()
 
     async def _whole(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> UpstreamResponse:
-        async with self._answer(method, path, body, headers) as answer:
+        answer = await self._begin(method, path, body, headers)
+        try:
             whole = await answer.read()
-            return UpstreamResponse(answer.status, answer.headers, whole, answer.seconds())
+        finally:
+            answer.close()
+        return UpstreamResponse(answer.status, answer.headers, whole, answer.seconds())
 
-    @asynccontextmanager
-    async def _answer(
+    async def _begin(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
-    ) -> AsyncIterator[UpstreamStream]:
+    ) -> UpstreamStream:
+        """An answer that has begun; it is for the caller to close."""
         sent = dict(headers)
         sent["accept-encoding"] = "identity"
         if self._authorization is not None:
@@ -367,14 +385,13 @@ class Upstream:
         started = perf_counter()  # uvloop's own clock counts in milliseconds
         async with _Border("first-byte", limits.first_byte, started, limits.total):
             response = await self._request(method, self._base_url + path, body, sent)
+        answer = UpstreamStream(response, limits, self._max_body_bytes, started)
         try:
-            answer = UpstreamStream(response, limits, self._max_body_bytes, started)
             answer.check()
-            yield answer
-        finally:
-            # One that was read to its end has given its connection back already.
-            if not response.closed:
-                response.close()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
     async def _request(
         self, method: str, url: str, body: bytes | None, headers: dict[str, str]

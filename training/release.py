@@ -80,7 +80,9 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
         ),
         labels=config.labels,
         limits=config.limits,
-        training=config.model_dump(mode="json", exclude={"base", "data", "licences", "labels", "limits"})
+        training=config.model_dump(
+            mode="json", exclude={"base", "data", "licences", "labels", "limits"}
+        )
         | {"machine": f"{platform.machine()}, {platform.system()}"},
         metrics={},
         hashes={},

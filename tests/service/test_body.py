@@ -42,7 +42,7 @@ class TestParsing:
             (b'{"a": "canary\n"}', "invalid_json", "invalid control character at line 1"),
             (b'{"canary": 1, "canary": 2}', "duplicate_key", "twice"),
             (b'{"a": {"canary": 1, "canar\\u0079": 2}}', "duplicate_key", "twice"),
-            (b'\xef\xbb\xbf{"a": "canary"}', "invalid_json", "bom"),
+            (b'\xef\xbb\xbf{"a": "canary"}', "invalid_json", "byte order mark"),
             (b'{"a": "canary\xff"}', "invalid_utf8", "byte 13"),
             ('{"a": "canary"}'.encode("utf-16"), "invalid_utf8", "byte 0"),
             (b'{"a": "canary\xed\xa0\x80"}', "invalid_utf8", "byte 13"),
