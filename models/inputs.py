@@ -32,6 +32,9 @@ _LONG_RUN: Final = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)")
 # A turn longer than this cannot fit the context budget; its end is what is kept.
 _CONTEXT_CHARACTERS: Final = CONTEXT_TOKENS * 16
 
+# A text up to this long is encoded in a few milliseconds at most.
+_SHORT_CHARACTERS: Final = 4000
+
 Speaker = Literal["user", "assistant", "system", "tool"]
 
 
@@ -113,7 +116,11 @@ class InputEncoder:
         return Windows(windows, Coverage(judged, total, len(windows)))
 
     def _encode(self, text: str) -> Encoding:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        if len(text) <= _SHORT_CHARACTERS:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        # Of the two, only this one lets other threads run meanwhile, which may be for seconds.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return encoding
 
     def _context(self, turns: Sequence[Turn]) -> list[int]:
         """The newest ``CONTEXT_TOKENS`` token ids of the turns."""

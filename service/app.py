@@ -21,6 +21,7 @@ from service.body import ClientDisconnected, dumps, parse_object, read_body
 from service.chat import ChatDialect
 from service.errors import (
     BadRequest,
+    BodyTimeout,
     MethodNotAllowed,
     NotFound,
     SluicegateError,
@@ -102,13 +103,14 @@ class _Routes:
     def add(self, app: _Application, path: str, handler: Handler) -> None:
         """Adds a POST route whose handler is given the request's id and its whole body."""
         limit = self._runtime.settings.body_bytes
+        seconds = self._runtime.settings.body_seconds
         requests = self._runtime.metrics.requests
 
         async def endpoint(request: Request) -> Response:
             request_id = _request_id(request)
             try:
                 _refuse_encoding(request)
-                raw = await read_body(request.receive, limit)
+                raw = await _whole_body(request, limit, seconds)
                 response = await _while_connected(request, handler(request, request_id, raw))
             except SluicegateError as error:
                 response = error_response(error)
@@ -252,6 +254,16 @@ def _add_error_handlers(app: FastAPI) -> None:
         response = error_response(refusal)
         response.headers.update(headers)
         return _named(request, response)
+
+
+async def _whole_body(request: Request, limit: int, seconds: float) -> bytes:
+    try:
+        async with asyncio.timeout(seconds):
+            return await read_body(request.receive, limit)
+    except TimeoutError:
+        raise BodyTimeout(
+            f"the body did not come within {seconds:g} seconds: send it at once"
+        ) from None
 
 
 async def _while_connected(request: Request, work: Awaitable[Response]) -> Response:

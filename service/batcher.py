@@ -24,6 +24,9 @@ from service.errors import GuardUnavailable, Overloaded, TooLarge
 _CANDIDATES = 256
 """Windows that are looked at when a batch is formed."""
 
+_TEXTS_A_TURN = 16
+"""Texts that are encoded before others get a turn of the loop."""
+
 _INLINE_CHARACTERS = 4000
 """A text up to this long is encoded at once (below a millisecond); longer ones on a thread."""
 
@@ -77,6 +80,7 @@ class Batcher:
         self._scorer = ThreadPoolExecutor(1, thread_name_prefix="guard")
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="encode")
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def start(self) -> None:
         """Begins to work; called on the event loop."""
@@ -84,6 +88,7 @@ class Batcher:
 
     async def close(self) -> None:
         """Stops; callers that still wait get ``GuardUnavailable``."""
+        self._is_closed = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -105,12 +110,17 @@ class Batcher:
         no room, ``Overloaded`` before anything is judged, ``GuardUnavailable`` if
         an input could not be. A caller that is cancelled takes its windows out of the queue.
         """
-        prepared = [
-            self.guard.prepare(item)
-            if len(item.text) <= _INLINE_CHARACTERS
-            else await self._prepare(item)
-            for item in items
-        ]
+        if self._is_closed:
+            raise GuardUnavailable("the service is stopping: try again")
+        prepared = []
+        for number, item in enumerate(items, 1):
+            if len(item.text) <= _INLINE_CHARACTERS:
+                prepared.append(self.guard.prepare(item))
+            else:
+                prepared.append(await self._prepare(item))
+            if number % _TEXTS_A_TURN == 0:
+                # Thousands of short texts would keep everyone else from the loop.
+                await asyncio.sleep(0)
         self._check_size(prepared)
         if admit:
             self._check_room(prepared)
@@ -233,6 +243,8 @@ class Batcher:
         started = loop.time()
         windows = [row.window for row in rows]
         logits = await loop.run_in_executor(self._scorer, self.guard.score, windows)
+        if logits.shape != (len(windows), COLUMNS):
+            raise ValueError(f"the guard gave logits of shape {logits.shape}")
         tokens = len(windows) * max(map(len, windows))
         self._observe_batch(len(windows), tokens, loop.time() - started)
         return logits

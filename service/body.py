@@ -53,7 +53,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
             f"the body is not UTF-8 (byte {error.start}): encode it as UTF-8", code="invalid_utf8"
         ) from None
     if text.startswith("\ufeff"):
-        raise BadRequest("the body begins with a byte order mark: leave it out", code="invalid_json")
+        raise BadRequest(
+            "the body begins with a byte order mark: leave it out", code="invalid_json"
+        )
     try:
         value = _decode(text)
     except json.JSONDecodeError as error:

@@ -6,6 +6,7 @@
     │   └── UnknownModel      404  it names a model that is not here
     ├── NotFound              404  no such route
     ├── MethodNotAllowed      405  the route is there, the method is not
+    ├── BodyTimeout           408  its body did not come in time
     ├── TooLarge              413  it is over a stated limit
     ├── Overloaded            429  too much is waiting; come back later
     ├── GuardUnavailable      503  no verdict could be had
@@ -99,6 +100,14 @@ class MethodNotAllowed(SluicegateError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class BodyTimeout(SluicegateError):
+    """The request's body did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
 
 
 class TooLarge(SluicegateError):

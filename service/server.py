@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any, Final
 
 import uvicorn
@@ -13,12 +16,12 @@ from models.guard import Guard
 from service.app import create_admin_app, create_app
 from service.errors import ConfigurationError
 from service.runtime import Runtime, open_runtime
-from service.settings import Settings
+from service.settings import ADMIN_PORT, Settings
 
 logger = logging.getLogger(__name__)
 
-_ADMIN_PORT: Final = 8081
 _DRAIN_SECONDS: Final = 30
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 Scope = MutableMapping[str, Any]
 Application = Callable[[Scope, Callable[..., Awaitable[Any]], Callable[..., Awaitable[Any]]], Any]
@@ -29,20 +32,21 @@ async def serve(settings: Settings, guard: Guard | None = None) -> None:
 
     ``guard`` stands in for the one that the settings name.
     """
-    # Sockets first: a port in use is found before anything is loaded.
-    public = bind(settings.host, settings.port, "port")
-    admin = None
-    if settings.admin_is_apart:
-        port = _ADMIN_PORT if settings.admin_port is None else settings.admin_port
-        admin = bind(settings.admin_host, port, "admin_port")
-    async with open_runtime(settings, guard) as runtime:
+    async with AsyncExitStack() as stack:
+        # Sockets first: a port in use is found before anything is loaded.
+        public = stack.enter_context(bind(settings.host, settings.port, "port"))
+        admin = None
+        if settings.admin_is_apart:
+            port = ADMIN_PORT if settings.admin_port is None else settings.admin_port
+            admin = stack.enter_context(bind(settings.admin_host, port, "admin_port"))
+        runtime = await stack.enter_async_context(open_runtime(settings, guard))
         application: Any = create_app(runtime)
         sockets = [public]
         if admin is not None:
             sockets.append(admin)
             port = admin.getsockname()[1]
             application = by_port({port: create_admin_app(runtime)}, application)
-        server = uvicorn.Server(
+        server = _Server(
             uvicorn.Config(
                 application,
                 loop="uvloop",
@@ -57,6 +61,26 @@ async def serve(settings: Settings, guard: Guard | None = None) -> None:
         )
         _announce(runtime, public, admin)
         await server.serve(sockets=sockets)
+
+
+class _Server(uvicorn.Server):
+    """Ends when it is told to, and no more than itself.
+
+    uvicorn raises the signal again once it has stopped, which ends the process before the runtime
+    around the server is closed.
+    """
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Replaces uvicorn's."""
+        loop = asyncio.get_running_loop()
+        for signal_ in _SIGNALS:
+            loop.add_signal_handler(signal_, self.handle_exit, signal_, None)
+        try:
+            yield
+        finally:
+            for signal_ in _SIGNALS:
+                loop.remove_signal_handler(signal_)
 
 
 def by_port(apart: dict[int, Application], default: Application) -> Application:

@@ -65,6 +65,8 @@ class Settings(BaseSettings):
     """Redis for records. Unset: a private Valkey in the data directory."""
 
     body_bytes: int = Field(default=8 * MEBIBYTE, gt=0)
+    body_seconds: float = Field(default=60.0, gt=0)
+    """Longest wait for the whole body of a request."""
     inputs_per_request: int = Field(default=512, ge=1)
     judged_tokens_per_request: int = Field(default=600_000, ge=1)
     batch_tokens: int = Field(default=4096, ge=256, le=16384)

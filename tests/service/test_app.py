@@ -493,6 +493,16 @@ class TestUnderLoad:
         assert (answer.status_code, error(answer)["code"]) == (503, "guard_unavailable")
         assert "guard_seconds" in error(answer)["message"]
 
+    def test_a_body_that_does_not_come_is_not_waited_for(self, start_server: StartServer) -> None:
+        server = start_server(body_seconds=0.1)
+        address = server.url.removeprefix("http://").split(":")
+        head = f"POST {MODERATIONS} HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\n{{"
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as stalled:
+            stalled.sendall(head.encode())
+            answer = stalled.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"body_timeout" in answer
+
 
 class _Bug(WordGuard):
     def prepare(self, item: Any) -> Any:

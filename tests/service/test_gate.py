@@ -180,11 +180,11 @@ def test_every_choice_ends_released_after_a_clearing_judgement_or_refused(
             commands = gate.feed(
                 ResponseJudged({n: decided(action) for n, action in actions.items()})
             )
-    for command in commands:
-        if isinstance(command, Release):
-            released |= set(command.choices)
-        elif isinstance(command, Refuse):
-            refused |= set(range(choices)) if command.choices is None else set(command.choices)
+    for step in commands:
+        if isinstance(step, Release):
+            released |= set(step.choices)
+        elif isinstance(step, Refuse):
+            refused |= set(range(choices)) if step.choices is None else set(step.choices)
     assert generated <= rounds + 1
     assert released == cleared
     assert released | refused == set(range(choices))
