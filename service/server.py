@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -60,6 +61,9 @@ async def serve(settings: Settings, guard: Guard | None = None) -> None:
             )
         )
         _announce(runtime, public, admin)
+        # What was loaded to get here stays, so the collector need not look through it again.
+        gc.collect()
+        gc.freeze()
         await server.serve(sockets=sockets)
 
 
