@@ -7,7 +7,6 @@ import logging
 import re
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from secrets import token_hex
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -33,6 +32,7 @@ from service.headers import request_headers
 from service.judgement import Judgement
 from service.ledger import Request as Origin
 from service.policy import Action, Decision
+from service.records import new_id
 from service.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -305,7 +305,7 @@ def _refuse_encoding(request: Request) -> None:
 
 def _request_id(request: Request) -> str:
     given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else token_hex(16)
+    return given if _REQUEST_ID.fullmatch(given) else new_id()
 
 
 def _named(request: Request, response: Response) -> Response:

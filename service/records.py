@@ -18,7 +18,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from secrets import token_hex
+from random import getrandbits
 from typing import Any, Final
 
 from pydantic import TypeAdapter
@@ -71,11 +71,16 @@ _encode: Final = TypeAdapter(dict[str, Any]).dump_json
 logger = logging.getLogger(__name__)
 
 
+def new_id() -> str:
+    """128 random bits in hexadecimal: unique, not secret, and made without a call of the system."""
+    return f"{getrandbits(128):032x}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """What is remembered of one judged field of one exchange; never any of its text."""
 
-    id: str = field(default_factory=lambda: token_hex(16))
+    id: str = field(default_factory=new_id)
     time: float
     """Seconds since 1970."""
     request_id: str
