@@ -52,6 +52,7 @@ async def serve(settings: Settings, guard: Guard | None = None) -> None:
                 application,
                 loop="uvloop",
                 http="httptools",
+                ws="none",
                 lifespan="off",
                 access_log=False,
                 log_config=None,

@@ -129,6 +129,7 @@ def _running(
                     application,
                     http="httptools",
                     lifespan="off",
+                    ws="none",
                     access_log=False,
                     log_config=None,
                     server_header=False,
