@@ -52,8 +52,10 @@ def to_int8(source: Path, target: Path) -> None:
     head = [
         node.name for node in model.graph.node if any(is_head(model, name) for name in node.input)
     ]
+    # The exporter's notes on shapes: the quantiser infers its own; older ones stop at a quarrel.
+    del model.graph.value_info[:]
     quantize_dynamic(
-        source,
+        model,
         target,
         per_channel=True,
         reduce_range=True,
