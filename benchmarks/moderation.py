@@ -104,7 +104,7 @@ async def compare(options: argparse.Namespace) -> None:
 
 def texts_of(guard: TextGuard, tokens: int, count: int) -> list[str]:
     """Different texts that are windows of ``tokens`` tokens each, special tokens included."""
-    generator = random.Random(1)  # noqa: S311
+    generator = random.Random(1)  # noqa: S311 - the same texts each time
     vocabulary = _TEXT.split()
     texts = []
     for _ in range(count):
@@ -162,7 +162,7 @@ def save_classifier(guard: Path, directory: Path) -> Path:
     classifier.save_pretrained(directory)
     PreTrainedTokenizerFast(
         tokenizer_file=str(guard / TOKENIZER),
-        pad_token="[PAD]",  # noqa: S106
+        pad_token="[PAD]",  # noqa: S106 - a symbol, no password
         model_max_length=512,
     ).save_pretrained(directory)
     return directory

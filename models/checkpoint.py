@@ -17,6 +17,7 @@ from models import inputs, taxonomy
 from models.calibration import Calibration
 from models.inputs import GuardInput, Speaker, Turn
 from models.taxonomy import ROLES, Role
+from models.verdict import Verdict
 
 CARD: Final = "card.json"
 TOKENIZER: Final = "tokenizer.json"
@@ -82,6 +83,18 @@ class GoldenCase(_Frozen):
     at_least: tuple[float, float, float]
     category_scores: tuple[float, ...]
     signal_scores: tuple[float, ...]
+
+    @classmethod
+    def of(cls, item: GuardInput, verdict: Verdict) -> GoldenCase:
+        """The case that ``verdict`` on ``item`` makes."""
+        return cls(
+            role=item.role,
+            text=item.text,
+            context=tuple((turn.speaker, turn.text) for turn in item.context),
+            at_least=verdict.at_least,
+            category_scores=verdict.category_scores,
+            signal_scores=verdict.signal_scores,
+        )
 
     def guard_input(self) -> GuardInput:
         """The case as a guard reads it."""

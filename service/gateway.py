@@ -352,7 +352,7 @@ def _seed(exchange: Exchange, attempt: int) -> int:
     """Another seed for each attempt; reproducible where the client gave one."""
     given = exchange.body.get("seed")
     # Sampling, not secrets.
-    start = given if type(given) is int else random.randrange(_SEEDS)  # noqa: S311
+    start = given if type(given) is int else random.randrange(_SEEDS)  # noqa: S311 - sampling
     return (start + attempt - 1) % _SEEDS
 
 

@@ -117,7 +117,7 @@ class Ledger:
             return 1.0
         share = self._keeper.policy.record.sample_passed
         # Sampling for statistics, not for secrets.
-        return 1.0 / share if random.random() < share else None  # noqa: S311
+        return 1.0 / share if random.random() < share else None  # noqa: S311 - statistics
 
     def _worst(self) -> list[_Entry]:
         """The gravest entry of each direction and attempt."""

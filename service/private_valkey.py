@@ -176,7 +176,7 @@ class PrivateValkey:
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid())]
         with (self._directory / "valkey.log").open("wb") as log:
             # Returns as soon as the launcher is loaded, about a millisecond.
-            return subprocess.Popen(  # noqa: S603
+            return subprocess.Popen(  # noqa: S603 - our own server
                 [*launcher, str(_server_binary()), *arguments],
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,

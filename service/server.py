@@ -47,20 +47,7 @@ async def serve(settings: Settings, guard: Guard | None = None) -> None:
             sockets.append(admin)
             port = admin.getsockname()[1]
             application = by_port({port: create_admin_app(runtime)}, application)
-        server = _Server(
-            uvicorn.Config(
-                application,
-                loop="uvloop",
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=_DRAIN_SECONDS,
-            )
-        )
+        server = _Server(server_config(application))
         _announce(runtime, public, admin)
         # What was loaded to get here stays, so the collector need not look through it again.
         gc.collect()
@@ -86,6 +73,22 @@ class _Server(uvicorn.Server):
         finally:
             for signal_ in _SIGNALS:
                 loop.remove_signal_handler(signal_)
+
+
+def server_config(application: Application) -> uvicorn.Config:
+    """How every listener is served: no websockets, no request log, no header that names us."""
+    return uvicorn.Config(
+        application,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+    )
 
 
 def by_port(apart: dict[int, Application], default: Application) -> Application:

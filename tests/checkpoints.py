@@ -122,15 +122,7 @@ def _build(directory: Path) -> None:
     golden = Golden(
         tolerance=0.05,
         cases=tuple(
-            GoldenCase(
-                role=item.role,
-                text=item.text,
-                context=tuple((turn.speaker, turn.text) for turn in item.context),
-                at_least=verdict.at_least,
-                category_scores=verdict.category_scores,
-                signal_scores=verdict.signal_scores,
-            )
-            for item, verdict in zip(_GOLDEN, verdicts, strict=True)
+            GoldenCase.of(item, verdict) for item, verdict in zip(_GOLDEN, verdicts, strict=True)
         ),
     )
     (directory / checkpoint.GOLDEN).write_text(golden.model_dump_json(), "utf-8")

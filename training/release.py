@@ -165,14 +165,7 @@ def _golden_cases(guard: TextGuard) -> Iterator[GoldenCase]:
     for item in _GOLDEN_INPUTS:
         # Each alone, as they are checked: others in a batch change the scores a little.
         (verdict,) = judge(guard, [item])
-        yield GoldenCase(
-            role=item.role,
-            text=item.text,
-            context=tuple((turn.speaker, turn.text) for turn in item.context),
-            at_least=verdict.at_least,
-            category_scores=verdict.category_scores,
-            signal_scores=verdict.signal_scores,
-        )
+        yield GoldenCase.of(item, verdict)
 
 
 def _by_role(guard: TextGuard, rows: Sequence[Row]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 from models.guard import Guard
 from service.app import create_admin_app, create_app
 from service.runtime import Runtime, open_runtime
-from service.server import bind, by_port
+from service.server import bind, by_port, server_config
 from service.settings import PREFIX, Settings
 from tests.fake_upstream import FakeUpstream
 from tests.guards import WordGuard
@@ -124,18 +124,7 @@ def _running(
                 application = by_port({port: create_admin_app(runtime)}, application)
             server = Server(urls[0], urls[-1], runtime, fake, asyncio.get_running_loop())
             uvicorn_server = _Uvicorn(
-                # As service.server configures it.
-                uvicorn.Config(
-                    application,
-                    http="httptools",
-                    lifespan="off",
-                    ws="none",
-                    access_log=False,
-                    log_config=None,
-                    server_header=False,
-                    proxy_headers=False,
-                    timeout_graceful_shutdown=1,
-                ),
+                server_config(application),
                 lambda: started.set_result(server),
             )
             stop.append(lambda: setattr(uvicorn_server, "should_exit", True))

@@ -427,7 +427,7 @@ class TestUnderLoad:
     def until(self, server: Server, reached: Callable[[], bool]) -> None:
         async def wait() -> None:
             # What is waited for has no event of its own.
-            while not reached():  # noqa: ASYNC110
+            while not reached():  # noqa: ASYNC110 - there is none
                 await asyncio.sleep(0)
 
         server.run(wait())

@@ -61,7 +61,7 @@ async def entered(guard: SlowGuard) -> None:
 
 async def until(reached: Callable[[], bool]) -> None:
     # What is waited for has no event of its own.
-    while not reached():  # noqa: ASYNC110
+    while not reached():  # noqa: ASYNC110 - there is none
         await asyncio.sleep(0)
 
 

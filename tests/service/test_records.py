@@ -106,7 +106,7 @@ async def running(
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         # What is waited for has no event of its own.
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - the server has no event
             await asyncio.sleep(0.001)
 
 
