@@ -42,6 +42,7 @@ class RoleCalibration(_Frozen):
 
     scale: tuple[float, ...]
     bias: tuple[float, ...]
+    window_slope: float = 0.0
 
 
 class DataSource(_Frozen):
@@ -158,7 +159,7 @@ class Checkpoint:
         """The calibration of ``role``."""
         numbers = self.card.calibration[role]
         try:
-            return Calibration(numbers.scale, numbers.bias)
+            return Calibration(numbers.scale, numbers.bias, numbers.window_slope)
         except ValueError as error:
             raise CheckpointError(f"{self.directory / CARD}: {role}: {error}") from error
 

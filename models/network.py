@@ -55,6 +55,19 @@ def from_base(base: str, dropout: float = 0.1) -> GuardNetwork:
     return GuardNetwork(cast(PreTrainedModel, encoder), dropout)
 
 
+def freeze(network: GuardNetwork, layers: int) -> None:
+    """Keeps the embeddings and the lowest ``layers`` as they are; none of it for 0."""
+    if not layers:
+        return
+    stack = max(
+        (module for module in network.encoder.modules() if isinstance(module, nn.ModuleList)),
+        key=len,
+    )
+    embeddings = network.encoder.get_input_embeddings()
+    for module in (embeddings, *stack[:layers]):
+        module.requires_grad_(False)
+
+
 def load(directory: Path) -> GuardNetwork:
     """The network of a checkpoint, in float32; ``CheckpointError`` if its shapes differ."""
     stored = Checkpoint(directory)

@@ -76,11 +76,14 @@ class TextGuard:
         return np.asarray(logits, np.float32)
 
     def conclude(self, item: GuardInput, prepared: Windows, logits: Logits) -> Verdict:
-        """See ``Guard.conclude``. Each column of a long text is that of its worst window."""
+        """See ``Guard.conclude``.
+
+        Each column of a long text is that of its worst window, weighed by how many there were.
+        """
         if not np.all(np.isfinite(logits)):
             raise ValueError("the guard's output is not finite")
         pooled = logits.max(axis=0, keepdims=True)
-        (row,) = self._calibrations[item.role].probabilities(pooled).tolist()
+        (row,) = self._calibrations[item.role].probabilities(pooled, len(logits)).tolist()
         minor, moderate, severe = row[SEVERITY_COLUMNS]
         return Verdict(
             role=item.role,

@@ -1,17 +1,18 @@
-"""Fits the guard's network: the recipe, the batches, the losses, and runs that resume exactly."""
+"""Fits the guard's network: the recipe, the losses, and runs that resume exactly."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -19,21 +20,27 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from models import checkpoint, network
-from models.guard import (
-    CATEGORY_COLUMNS,
-    COLUMNS,
-    SEVERITY_COLUMNS,
-    SIGNAL_COLUMNS,
-    Logits,
-    pack,
-)
+from models.guard import CATEGORY_COLUMNS, SEVERITY_COLUMNS, SIGNAL_COLUMNS
 from models.inputs import InputEncoder, Window
 from models.network import GuardNetwork
-from models.taxonomy import CATEGORIES
-from training.losses import cumulative_targets, masked_binary_cross_entropy
-from training.mix import Mix, Row, Source, build
+from training import teacher
+from training.batches import Batch, epoch_batches
+from training.losses import distilled
+from training.mix import Mix, MixConfig, Row, build
+from training.recipe import read_mapping
+from training.targets import Targets, category_weights, label_matrix
+from training.views import Surroundings, ViewShares, excerpts, view
 
-LENGTH_STEP: Final = 32
+
+class CalibrationSet(BaseModel):
+    """A file whose calibration half says where the operating point lies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: str
+    """Relative to the data directory."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the whole set, however many rows it has."""
 
 
 class GuardConfig(BaseModel):
@@ -44,7 +51,7 @@ class GuardConfig(BaseModel):
     id: str
     """Name and version of the guard that is made."""
     base: str
-    """Encoder to start from: a hub id or a directory."""
+    """Encoder or decoder to start from: a hub id or a directory."""
     base_name: str
     """What the card calls it, wherever it was read from."""
     base_licence: str
@@ -52,12 +59,24 @@ class GuardConfig(BaseModel):
     """Of the weights that are made."""
     data: Path
     """Directory that the sources' files are relative to."""
-    sources: tuple[Source, ...]
-    licences: dict[str, str]
-    """Licence of each original source, for the card."""
+    mixes: tuple[MixConfig, ...]
+    """Each a mapping, or a file's name relative to the recipe."""
+    calibration: tuple[CalibrationSet, ...] = ()
+    """Beside the rows held out of the mix."""
     labels: str
     limits: tuple[str, ...]
     languages: tuple[str, ...] = ("en",)
+
+    views: ViewShares = ViewShares()
+    excerpts_a_row: int = Field(default=2, ge=0)
+    """Beginnings of an answer that are rows of their own."""
+    documents: int = Field(default=1500, ge=0)
+    """Pieces of long harmless texts."""
+    teacher: Path | None = None
+    """Checkpoint directory of a guard that labels the rows, for the stage ``teacher-scores``."""
+    teacher_scores: Path | None = None
+    """What that stage wrote."""
+    teacher_weight: float = Field(default=0.5, ge=0, le=1)
 
     epochs: int = Field(default=2, ge=1)
     tokens_per_batch: int = Field(default=4096, ge=256)
@@ -66,6 +85,8 @@ class GuardConfig(BaseModel):
     weight_decay: float = 0.01
     warmup_share: float = 0.06
     dropout: float = 0.1
+    frozen_layers: int = Field(default=0, ge=0)
+    """Lowest layers, with the embeddings, that stay as they were: saves time on few cores."""
     category_weight: float = 4.0
     signal_weight: float = 1.0
     held_out_share: float = Field(default=0.06, gt=0, lt=0.5)
@@ -75,159 +96,192 @@ class GuardConfig(BaseModel):
     save_every: int = Field(default=200, ge=1)
     threads: int | None = None
 
+    @field_validator("mixes", mode="before")
+    @classmethod
+    def _read_mixes(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        directory = (info.context or {}).get("directory", Path())
+        return tuple(
+            read_mapping(directory / item) if isinstance(item, str) else item for item in value
+        )
 
-class Batch:
-    """Encoded rows with their targets, padded to a common length."""
 
-    def __init__(self, windows: Sequence[Window], targets: NDArray[np.float32]) -> None:
-        shape = (len(windows), max(map(padded_length, windows)))
-        self.input_ids = torch.zeros(shape, dtype=torch.int64)
-        self.attention_mask = torch.zeros(shape, dtype=torch.int64)
-        self.token_type_ids = torch.zeros(shape, dtype=torch.int64)
-        for row, window in enumerate(windows):
-            length = len(window)
-            self.input_ids[row, :length] = torch.tensor(window.token_ids)
-            self.attention_mask[row, :length] = 1
-            self.token_type_ids[row, window.context_length : length] = 1
-        self.targets = torch.from_numpy(targets)
+@dataclass(frozen=True, slots=True)
+class TrainingRows:
+    """What a recipe trains on: whole examples, excerpts, and what may stand around them."""
 
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the order of ``GuardNetwork.forward``."""
-        return self.input_ids, self.attention_mask, self.token_type_ids
+    mix: Mix
+    rows: tuple[Row, ...]
+    around: Surroundings
+
+
+def training_rows(config: GuardConfig) -> TrainingRows:
+    """The rows of a recipe, the same each time."""
+    mix = build(config.data, config.mixes, config.held_out_share, config.seed)
+    generator = np.random.default_rng(config.seed)
+    extra = excerpts(mix.fit, config.excerpts_a_row, config.documents, generator)
+    return TrainingRows(mix, (*mix.fit, *extra), Surroundings.of(mix.fit))
 
 
 def fit(config: GuardConfig, output: Path) -> Mix:
-    """Fits the network and leaves ``model.safetensors`` and ``tokenizer.json`` in ``output``."""
+    """Fits the network and leaves ``model.safetensors`` and ``tokenizer.json`` in ``output``.
+
+    Under ``accelerate launch`` each process takes its share of every batch.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
-    mix = build(config.data, config.sources, config.held_out_share, config.seed)
+    accelerator = Accelerator(mixed_precision="bf16" if config.precision == "bfloat16" else "no")
+    training = training_rows(config)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "mix.json").write_text(json.dumps(training.mix.report(), indent=1) + "\n", "utf-8")
     tokenizer = base_tokenizer(config.base)
     tokenizer.save(str(output / checkpoint.TOKENIZER))
-    encoder = InputEncoder(tokenizer)
-    # Labels speak of the whole text; its first window is taken for it.
-    windows = [encoder.encode(row.example.guard_input()).windows[0] for row in mix.fit]
-    targets = label_matrix(mix.fit)
+    epochs = Epochs(config, training, InputEncoder(tokenizer))
 
     torch.manual_seed(config.seed)
     guard = network.from_base(config.base, config.dropout)
+    network.freeze(guard, config.frozen_layers)
+    is_head = {id(parameter) for parameter in guard.head.parameters()}
+    trained = [parameter for parameter in guard.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(guard.encoder.parameters()), "peak": config.learning_rate},
+            {
+                "params": [p for p in trained if id(p) not in is_head],
+                "peak": config.learning_rate,
+            },
             {"params": list(guard.head.parameters()), "peak": config.head_learning_rate},
         ],
         weight_decay=config.weight_decay,
     )
-    plan = [
-        rows
-        for epoch in range(config.epochs)
-        for rows in epoch_batches(windows, config.tokens_per_batch, config.seed + epoch)
-    ]
-    positive_weight = category_weights(targets)
     done = _resume(output, guard, optimizer)
-    guard.train()
-    with Progress() as progress, (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        task = progress.add_task("train guard", total=len(plan), completed=done)
-        for step in range(done, len(plan)):
+    model, optimizer = accelerator.prepare(guard, optimizer)
+    model.train()
+    positive_weight = category_weights(label_matrix(epochs.rows)).to(accelerator.device)
+    with Progress(disable=not accelerator.is_main_process) as progress:
+        task = progress.add_task("train guard", total=epochs.steps, completed=done)
+        for step, batch in epochs.batches(
+            done, accelerator.process_index, accelerator.num_processes
+        ):
             # Seeded by step, so that a resumed run drops the same units.
             torch.manual_seed(config.seed * 1_000_003 + step)
-            rows = plan[step]
-            batch = Batch([windows[row] for row in rows], targets[rows])
-            losses = step_losses(guard, batch, positive_weight, config)
+            losses = step_losses(model, batch, positive_weight, config)
             loss = torch.stack(list(losses.values())).sum()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"step {step}: the loss is not finite")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(guard.parameters(), 1.0)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(trained, 1.0)
             # Set from the step alone, so that a resumed run has the same.
-            factor = learning_rate_factor(step, len(plan), config.warmup_share)
+            factor = learning_rate_factor(step, epochs.steps, config.warmup_share)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             optimizer.step()
-            record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 5)}
-            record |= {name: round(value.item(), 5) for name, value in losses.items()}
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            progress.advance(task)
-            if (step + 1) % config.save_every == 0:
-                _save_state(output, guard, optimizer, step + 1)
-    network.save(guard, output / checkpoint.NETWORK)
-    return mix
+            if accelerator.is_main_process:
+                record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 5)}
+                record |= {name: round(value.item(), 5) for name, value in losses.items()}
+                with (output / "metrics.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps(record) + "\n")
+                progress.advance(task)
+                if (step + 1) % config.save_every == 0:
+                    _save_state(output, guard, optimizer, step + 1)
+    if accelerator.is_main_process:
+        network.save(guard, output / checkpoint.NETWORK)
+    return training.mix
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledBatch:
+    """A batch with what its rows' labels and the teacher ask: shapes (n, ``COLUMNS``), (n,)."""
+
+    batch: Batch
+    targets: Tensor
+    teacher: Tensor
+    weight: Tensor
+
+
+class Epochs:
+    """The batches of all epochs, in their order; each epoch shows the rows in other views."""
+
+    def __init__(self, config: GuardConfig, training: TrainingRows, encoder: InputEncoder) -> None:
+        self._config = config
+        self._around = training.around
+        self._encoder = encoder
+        known = {} if config.teacher_scores is None else teacher.read_scores(config.teacher_scores)
+        self.rows = [row for row in training.rows if row.key in known or not row.needs_teacher]
+        self._teacher = teacher.probabilities([row.key for row in self.rows], known)
+        self._plans = [
+            epoch_batches(
+                self._windows(self._views(epoch)), config.tokens_per_batch, config.seed + epoch
+            )
+            for epoch in range(config.epochs)
+        ]
+
+    @property
+    def steps(self) -> int:
+        """Over all epochs."""
+        return sum(map(len, self._plans))
+
+    def batches(
+        self, done: int, process: int, processes: int
+    ) -> Iterator[tuple[int, LabelledBatch]]:
+        """Steps from ``done`` on with the rows that are this process's share of them."""
+        step = 0
+        for epoch, plan in enumerate(self._plans):
+            if step + len(plan) <= done:
+                step += len(plan)
+                continue
+            rows = self._views(epoch)
+            windows, targets = self._windows(rows), label_matrix(rows)
+            for numbers in plan:
+                if step >= done:
+                    share = numbers[process::processes] or numbers[:1]
+                    yield step, self._batch(share, rows, windows, targets)
+                step += 1
+
+    def _views(self, epoch: int) -> list[Row]:
+        generator = np.random.default_rng((self._config.seed, epoch))
+        return [view(row, self._config.views, self._around, generator) for row in self.rows]
+
+    def _windows(self, rows: Sequence[Row]) -> list[Window]:
+        # Labels speak of the whole text; its first window is taken for it.
+        return [self._encoder.encode(row.example.guard_input()).windows[0] for row in rows]
+
+    def _batch(
+        self, numbers: list[int], rows: list[Row], windows: list[Window], targets: Targets
+    ) -> LabelledBatch:
+        return LabelledBatch(
+            Batch([windows[number] for number in numbers]),
+            torch.from_numpy(targets[numbers]),
+            torch.from_numpy(self._teacher[numbers]),
+            torch.tensor([rows[number].weight for number in numbers]),
+        )
 
 
 def step_losses(
-    guard: GuardNetwork, batch: Batch, positive_weight: Tensor, config: GuardConfig
+    guard: GuardNetwork, batch: LabelledBatch, positive_weight: Tensor, config: GuardConfig
 ) -> dict[str, Tensor]:
     """The weighted losses of one batch: severity, categories, signals."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
-        logits = guard(*batch.inputs())
-    logits, targets = logits.float(), batch.targets
+    device = positive_weight.device
+    logits = guard(*batch.batch.inputs(device)).float()
+    targets, soft = batch.targets.to(device), batch.teacher.to(device)
+    weight = batch.weight.to(device)
+
+    def part(columns: slice, of_positives: Tensor | None = None) -> Tensor:
+        return distilled(
+            logits[:, columns],
+            targets[:, columns],
+            soft[:, columns],
+            config.teacher_weight if config.teacher_scores else 0.0,
+            of_positives,
+            weight,
+        )
+
     return {
-        "severity": masked_binary_cross_entropy(
-            logits[:, SEVERITY_COLUMNS], targets[:, SEVERITY_COLUMNS]
-        ),
-        "categories": config.category_weight
-        * masked_binary_cross_entropy(
-            logits[:, CATEGORY_COLUMNS], targets[:, CATEGORY_COLUMNS], positive_weight
-        ),
-        "signals": config.signal_weight
-        * masked_binary_cross_entropy(logits[:, SIGNAL_COLUMNS], targets[:, SIGNAL_COLUMNS]),
+        "severity": part(SEVERITY_COLUMNS),
+        "categories": config.category_weight * part(CATEGORY_COLUMNS, positive_weight),
+        "signals": config.signal_weight * part(SIGNAL_COLUMNS),
     }
-
-
-def label_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
-    """Targets of shape (rows, ``COLUMNS``): 0, 1, or NaN where a row lacks the label."""
-    result = np.full((len(rows), COLUMNS), np.nan, np.float32)
-    unknown = float("nan")
-    severity = [unknown if r.example.severity is None else r.example.severity for r in rows]
-    unsafe = [unknown if r.example.unsafe is None else float(r.example.unsafe) for r in rows]
-    result[:, SEVERITY_COLUMNS] = cumulative_targets(
-        torch.tensor(severity, dtype=torch.float32), torch.tensor(unsafe, dtype=torch.float32)
-    ).numpy()
-    for number, row in enumerate(rows):
-        names = row.example.pku_categories
-        if row.example.unsafe is False:
-            names = ()
-        if names is not None and row.example.unsafe is not None:
-            result[number, CATEGORY_COLUMNS] = [name in names for name in CATEGORIES]
-        for column, label in enumerate(row.signals):
-            if label is not None:
-                result[number, SIGNAL_COLUMNS.start + column] = label
-    return result
-
-
-def category_weights(targets: NDArray[np.float32], most: float = 6.0) -> Tensor:
-    """Weight of positives per category: the root of how much rarer they are, up to ``most``."""
-    categories = targets[:, CATEGORY_COLUMNS]
-    positives = np.nansum(categories, axis=0)
-    negatives = np.sum(~np.isnan(categories), axis=0) - positives
-    return torch.from_numpy(
-        np.clip(np.sqrt(negatives / np.maximum(positives, 1)), 1, most).astype(np.float32)
-    )
-
-
-def epoch_batches(windows: Sequence[Window], token_budget: int, seed: int) -> list[list[int]]:
-    """All rows once, in batches of like length, in random order.
-
-    Lengths are taken in steps of ``LENGTH_STEP``, so that few shapes occur: the CPU kernels are
-    compiled anew for each.
-    """
-    generator = np.random.default_rng(seed)
-    of_length: dict[int, list[int]] = {}
-    for row in generator.permutation(len(windows)):
-        of_length.setdefault(padded_length(windows[row]), []).append(int(row))
-    batches = [
-        rows[start : start + token_budget // length]
-        for length, rows in sorted(of_length.items())
-        for start in range(0, len(rows), token_budget // length)
-    ]
-    return [batches[index] for index in generator.permutation(len(batches))]
-
-
-def padded_length(window: Window) -> int:
-    """The length of ``window``, rounded up to the next step."""
-    return -(-len(window) // LENGTH_STEP) * LENGTH_STEP
 
 
 def learning_rate_factor(step: int, total: int, warmup_share: float) -> float:
@@ -236,18 +290,6 @@ def learning_rate_factor(step: int, total: int, warmup_share: float) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
-
-
-@torch.no_grad()
-def network_logits(guard: GuardNetwork, windows: Sequence[Window]) -> Logits:
-    """Logits of all windows in float32, shape (n, ``COLUMNS``)."""
-    guard.eval()
-    result = np.empty((len(windows), COLUMNS), np.float32)
-    empty = np.empty((0, COLUMNS), np.float32)
-    for rows in pack([len(window) for window in windows]):
-        batch = Batch([windows[row] for row in rows], empty)
-        result[rows] = guard(*batch.inputs()).numpy()
-    return result
 
 
 def base_tokenizer(base: str) -> Tokenizer:
@@ -261,9 +303,7 @@ def base_tokenizer(base: str) -> Tokenizer:
 _STATE = "state.safetensors"
 
 
-def _save_state(
-    output: Path, guard: GuardNetwork, optimizer: torch.optim.Optimizer, step: int
-) -> None:
+def _save_state(output: Path, guard: GuardNetwork, optimizer: Any, step: int) -> None:
     """Parameters and Adam's moments; written beside and renamed, so that a crash loses nothing."""
     tensors = {f"model.{name}": value.contiguous() for name, value in guard.state_dict().items()}
     for number, state in optimizer.state_dict()["state"].items():

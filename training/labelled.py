@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.inputs import GuardInput, Speaker, Turn
 from models.taxonomy import CATEGORIES, Role
+from training import transcript
 
 
 class LabelError(ValueError):
@@ -71,11 +72,13 @@ class Example(BaseModel):
         return self.prompt if self.response is None else self.response
 
     def guard_input(self) -> GuardInput:
-        """The example as a guard reads it."""
+        """The example as a guard reads it; a conversation written into the prompt as turns."""
         past = tuple(Turn(turn.speaker, turn.text) for turn in self.turns)
+        earlier, prompt = transcript.parse(self.prompt)
+        past = (*past, *earlier)
         if self.response is None:
-            return GuardInput("prompt", self.prompt, past)
-        return GuardInput("response", self.response, (*past, Turn("user", self.prompt)))
+            return GuardInput("prompt", prompt, past)
+        return GuardInput("response", self.response, (*past, Turn("user", prompt)))
 
 
 _PROVENANCE = frozenset(

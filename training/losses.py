@@ -8,21 +8,43 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 
 def masked_binary_cross_entropy(
-    logits: Tensor, targets: Tensor, positive_weight: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    positive_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
 ) -> Tensor:
     """Mean binary cross-entropy over the entries that are labelled; 0 where none is.
 
-    ``logits`` and ``targets`` have shape (n, columns); a target is 0, 1 or NaN (not labelled).
-    ``positive_weight`` of shape (columns,) multiplies the loss of positive entries.
+    ``logits`` and ``targets`` have shape (n, columns); a target is a probability or NaN (not
+    labelled). ``positive_weight`` of shape (columns,) multiplies the loss of positive entries,
+    ``row_weight`` of shape (n,) that of all of a row's.
     """
-    labelled = ~torch.isnan(targets)
+    labelled = (~torch.isnan(targets)).to(logits.dtype)
+    if row_weight is not None:
+        labelled = labelled * row_weight.unsqueeze(-1)
     losses = binary_cross_entropy_with_logits(
-        logits,
-        torch.where(labelled, targets, torch.zeros_like(targets)),
-        pos_weight=positive_weight,
-        reduction="none",
+        logits, torch.nan_to_num(targets), pos_weight=positive_weight, reduction="none"
     )
-    return (losses * labelled).sum() / labelled.sum().clamp(min=1)
+    return (losses * labelled).sum() / labelled.sum().clamp(min=1e-6)
+
+
+def distilled(
+    logits: Tensor,
+    targets: Tensor,
+    teacher: Tensor,
+    teacher_weight: float,
+    positive_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
+) -> Tensor:
+    """Labels and a teacher's probabilities, blended (arXiv 1503.02531, temperature 1).
+
+    ``teacher`` has the shape of ``targets``, NaN where the teacher says nothing. A row without a
+    label learns from the teacher alone, one without a teacher from its labels alone.
+    ``positive_weight`` is for labels: a teacher's probabilities carry its own.
+    """
+    hard = masked_binary_cross_entropy(logits, targets, positive_weight, row_weight)
+    soft = masked_binary_cross_entropy(logits, teacher, None, row_weight)
+    return (1 - teacher_weight) * hard + teacher_weight * soft
 
 
 def cumulative_targets(severity: Tensor, unsafe: Tensor) -> Tensor:

@@ -1,49 +1,93 @@
 """The rows that a guard is trained on, built from declared sources.
 
-A recipe (``configs/*.yaml``) lists files of labelled examples with a cap and with what the source's
-own label says about the four signals. Rows of the same text and role are taken once, from the file
-that is listed first.
+A mix (``configs/mixes/*.yaml``) lists files of labelled examples with a licence for each source
+that they hold. On the way in, rows are dropped that are empty, that contradict each other, that
+repeat another row word for word or nearly, or that repeat a text kept back for evaluation; each
+reason is counted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from models.taxonomy import SIGNALS
+from training import signals
 from training.labelled import Example, LabelError, read_examples, read_rows
+from training.overlap import Fingerprint, OverlapIndex, fingerprint, read_hashes
+from training.signals import Signals
+from training.split import digest, normal, position
+
+_NEAR: Final = 0.9
+"""Rows that share more of their 5-grams, both ways, and their labels are one row."""
+
+_OWN: Final = Path(__file__).parent
+"""Holds ``written/``, the examples that belong to the project."""
 
 
 class Source(BaseModel):
-    """One file of the mix."""
+    """One file of a mix."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
-    """Relative to the recipe's data directory."""
+    """Relative to the data directory or, where it is not there, to this package."""
     kind: Literal["labelled", "instructions"] = "labelled"
     """``instructions``: prompts with answers and no labels, both taken as harmless."""
-    cap: int | None = None
+    cap: int | None = Field(default=None, ge=1)
+    """The most rows taken, drawn at random."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of each row in the loss."""
+    exclude: tuple[str, ...] = ()
+    """Original sources whose rows are not taken."""
     injection: bool | Literal["unsafe"] | None = None
     """Whether its prompts attack the model; ``unsafe``: as the source's flag says."""
-    harm: bool = True
-    """False where the source's flag is not about harm, so that it labels only a signal."""
+    labels: Literal["own", "signals", "teacher"] = "own"
+    """``signals``: the source's flag is not about harm, and labels injection at most; ``teacher``:
+    its flag is not to be trusted, so that its rows wait for a teacher's scores."""
+
+
+class MixConfig(BaseModel):
+    """A mix: sources that one licence covers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    licence: str
+    """Under which weights that saw it may be given away."""
+    kept_apart: tuple[str, ...] = ()
+    """Files of evaluation texts, labelled (a pattern may stand for several) or ``.hashes.gz``."""
+    sources: tuple[Source, ...]
+    """On a text that two files hold, the labels of the file that stands first are taken."""
+    licences: dict[str, str] = {}
+    """Licence of each original source, for the card."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A training example with the labels of the four signals, None where not known."""
+    """A training example with the labels of the four signals and its weight in the loss."""
 
     example: Example
-    signals: tuple[bool | None, ...]
+    signals: Signals
+    weight: float = 1.0
+    everyday: bool = False
+    """Plainly harmless, and not about harm: fit to stand around other texts."""
+    needs_teacher: bool = False
+    """Nobody labelled its harm: without a teacher's scores it is left out."""
+
+    @property
+    def key(self) -> bytes:
+        """What makes two rows the same: role and words."""
+        example = self.example
+        words = [example.role, normal(example.prompt)]
+        if example.response is not None:
+            words.append(normal(example.response))
+        return digest("\n".join(words))[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,52 +96,161 @@ class Mix:
 
     fit: tuple[Row, ...]
     held_out: tuple[Row, ...]
-    duplicates: int
+    dropped: Mapping[str, int]
+    """Rows that were not taken, by reason."""
 
     def counts(self) -> Mapping[str, int]:
         """Rows of each original source, in both parts."""
         return Counter(row.example.source for row in (*self.fit, *self.held_out))
 
+    def report(self) -> dict[str, Any]:
+        """What was taken and what was not, for people and for the card."""
+        rows = (*self.fit, *self.held_out)
+        return {
+            "fit": len(self.fit),
+            "held_out": len(self.held_out),
+            "dropped": dict(self.dropped),
+            "roles": dict(Counter(row.example.role for row in rows)),
+            "severity": dict(Counter(str(row.example.severity) for row in rows)),
+            "languages": dict(Counter(row.example.lang for row in rows).most_common()),
+            "sources": dict(sorted(self.counts().items())),
+        }
 
-def build(directory: Path, sources: Sequence[Source], held_out_share: float, seed: int) -> Mix:
-    """Reads and joins the sources; ``LabelError`` names a file and line that is wrong."""
+
+def build(directory: Path, mixes: Sequence[MixConfig], held_out_share: float, seed: int) -> Mix:
+    """Reads and joins the mixes; ``LabelError`` names a file and line that is wrong."""
     generator = np.random.default_rng(seed)
+    kept_apart = _kept_apart(directory, [name for mix in mixes for name in mix.kept_apart])
+    near = _NearCopies()
     seen: set[bytes] = set()
-    duplicates = 0
+    dropped: Counter[str] = Counter()
     fit: list[Row] = []
     held_out: list[Row] = []
-    for source in sources:
-        rows: list[Row] = []
-        for row in _rows(directory, source):
-            key = _digest(row.example.role + _normal(row.example.text))
-            if key in seen:
-                duplicates += 1
-                continue
-            seen.add(key)
-            rows.append(row)
+    for source in (source for mix in mixes for source in mix.sources):
+        rows = []
+        for row in _of_one_mind(list(_rows(directory, source, dropped)), dropped):
+            if row.key in seen:
+                dropped["repeated"] += 1
+            else:
+                seen.add(row.key)
+                rows.append(row)
         if source.cap is not None and len(rows) > source.cap:
             kept = sorted(generator.choice(len(rows), source.cap, replace=False))
+            dropped["over the cap"] += len(rows) - source.cap
             rows = [rows[index] for index in kept]
         for row in rows:
+            fault = _fault(row, near, kept_apart)
+            if fault:
+                dropped[fault] += 1
+                continue
             # By prompt, so that the answers to one question stay on one side.
-            share = int.from_bytes(_digest(_normal(row.example.prompt))[:4], "big") / 2**32
-            (held_out if share < held_out_share else fit).append(row)
-    return Mix(tuple(fit), tuple(held_out), duplicates)
+            is_held_out = position(row.example.prompt) < held_out_share
+            (held_out if is_held_out else fit).append(row)
+    return Mix(tuple(fit), tuple(held_out), dropped)
 
 
-def _rows(directory: Path, source: Source) -> Iterator[Row]:
+def everyday_exchanges(
+    directory: Path, mixes: Sequence[MixConfig], mix: Mix
+) -> list[tuple[str, str]]:
+    """Everyday prompts with their answers that a cap left out of ``mix``; all where none did."""
+    taken = {row.key for row in mix.fit}
+    rows = [
+        row
+        for one in mixes
+        for source in one.sources
+        if source.kind == "instructions"
+        for row in _rows(directory, source, Counter())
+    ]
+    unseen = [row for row in rows if row.key not in taken] or rows
+    return [
+        (row.example.prompt, row.example.response)
+        for row in unseen
+        if row.example.response is not None
+    ]
+
+
+def _fault(row: Row, near: _NearCopies, kept_apart: OverlapIndex) -> str | None:
+    """Why a row is not taken, None where it is."""
+    prompt, text = fingerprint(row.example.prompt), fingerprint(row.example.text)
+    if kept_apart.repeats(prompt) or (text != prompt and kept_apart.repeats(text)):
+        return "kept apart for evaluation"
+    if near.holds(row, text):
+        return "nearly repeated"
+    return None
+
+
+class _NearCopies:
+    """The rows so far, to recognise one that differs from another by a word or two."""
+
+    def __init__(self) -> None:
+        self._index = OverlapIndex(most_holders=200)
+        self._labels: list[tuple[Any, ...]] = []
+
+    def holds(self, row: Row, text: Fingerprint) -> bool:
+        example = row.example
+        # Neighbours whose labels differ teach where the line is: both stay.
+        labels = (example.role, example.unsafe, example.severity, row.signals)
+        for match in self._index.matches(text):
+            if match.of_text < _NEAR:
+                break
+            # Equal short answers to different questions are not the same.
+            is_short = example.response is not None and len(text.grams) <= 20
+            if match.of_indexed >= _NEAR and self._labels[match.number] == labels and not is_short:
+                return True
+        self._index.add(text)
+        self._labels.append(labels)
+        return False
+
+
+def _kept_apart(directory: Path, names: Sequence[str]) -> OverlapIndex:
+    index = OverlapIndex()
+    for name in names:
+        paths = sorted(directory.glob(name))
+        if not paths:
+            raise LabelError(f"{directory / name}: no such file of texts to keep apart")
+        for path in paths:
+            if path.suffix == ".gz":
+                items = read_hashes(path)
+            else:
+                items = [fingerprint(example.text) for example in read_examples(path)]
+            for item in items:
+                index.add(item)
+    return index
+
+
+def _of_one_mind(rows: list[Row], dropped: Counter[str]) -> list[Row]:
+    """The rows of one file without those that call one text both safe and unsafe."""
+    verdicts: dict[bytes, set[bool]] = {}
+    for row in rows:
+        if row.example.unsafe is not None:
+            verdicts.setdefault(row.key, set()).add(row.example.unsafe)
+    agreed = [row for row in rows if len(verdicts.get(row.key, ())) < 2]
+    dropped["contradictory"] += len(rows) - len(agreed)
+    return agreed
+
+
+def _rows(directory: Path, source: Source, dropped: Counter[str]) -> Iterator[Row]:
     path = directory / source.file
-    if source.kind == "instructions":
-        examples: Iterator[Example] = _harmless(path)
-    else:
-        examples = read_examples(path)
-    for example in examples:
+    if not path.exists() and (_OWN / source.file).exists():
+        path = _OWN / source.file
+    for example in _READERS[source.kind](path):
+        if example.source in source.exclude:
+            continue
         if not example.text.strip():
+            dropped["empty"] += 1
             continue
         injection = example.unsafe if source.injection == "unsafe" else source.injection
-        if not source.harm:
-            example = example.model_copy(update={"unsafe": None, "severity": None})
-        yield Row(example, _signals(example, injection))
+        if source.labels != "own":
+            example = example.model_copy(
+                update={"unsafe": None, "severity": None, "pku_categories": None}
+            )
+        yield Row(
+            example,
+            signals.label(example, injection),
+            source.weight,
+            everyday=source.kind == "instructions",
+            needs_teacher=source.labels == "teacher",
+        )
 
 
 def _harmless(path: Path) -> Iterator[Example]:
@@ -112,51 +265,7 @@ def _harmless(path: Path) -> Iterator[Example]:
             raise LabelError(f"{path}, line {number}: key {error} is missing") from error
 
 
-# --- Signals that no source labels by itself: weak rules over names and words -------------------
-_SELF_HARM_NAMES = re.compile(r"suicid|self[- ]?harm|\bssh\b|^SH-", re.IGNORECASE)
-_SELF_HARM_WORDS = re.compile(
-    r"suicid|kill(ing)? (my|your|him|her|them)sel|self[- ]?harm|self[- ]?injur|hurt(ing)? myself"
-    r"|cut(ting)? (myself|yourself)|end (my|your) (own )?life|anorexi|bulimi|pro[- ]?ana\b",
-    re.IGNORECASE,
-)
-_MINORS_NAMES = re.compile(
-    r"\bcse\b|csam|sexual.?\(?minor|child sexual|sexual_minors", re.IGNORECASE
-)
-_MINORS_WORDS = re.compile(
-    r"\b(child|children|minors?|under-?age|pre-?teens?|teen(ager)?s?|kids?|toddler|infant"
-    r"|school ?(girl|boy)s?|little (girl|boy)s?|lolis?|(1[0-7]|[4-9])[- ]years?[- ]old"
-    r"|(ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|seventeen)[- ]years?[- ]old)\b",
-    re.IGNORECASE,
-)
-
-
-def _signals(example: Example, injection: bool | None) -> tuple[bool | None, ...]:
-    names = example.categories or ()
-    text = example.text
-    sexual: bool | None = None
-    if example.pku_categories is not None and example.unsafe is not None:
-        sexual = "sexual_content" in example.pku_categories
-    minors: bool | None = None
-    if any(_MINORS_NAMES.search(name) for name in names):
-        minors = True if example.unsafe else None
-    elif sexual is not None:
-        minors = sexual and bool(_MINORS_WORDS.search(text))
-    named = any(_SELF_HARM_NAMES.search(name) for name in names)
-    worded = bool(_SELF_HARM_WORDS.search(text))
-    # A reply filed under self-harm need not speak of it.
-    self_harm = None if named and not worded and example.role == "response" else named or worded
-    labels = {
-        "refusal": example.refusal if example.role == "response" else False,
-        "injection": injection if example.role == "prompt" else False,
-        "self_harm": self_harm,
-        "minors": minors,
-    }
-    return tuple(labels[name] for name in SIGNALS)
-
-
-def _normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower())) or text
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+_READERS: Final[Mapping[str, Callable[[Path], Iterator[Example]]]] = {
+    "labelled": read_examples,
+    "instructions": _harmless,
+}

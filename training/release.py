@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from models.inputs import GuardInput, Turn, Window
 from models.taxonomy import ROLES, Role
 from models.text_guard import TextGuard
 from models.verdict import OPERATING_POINT
-from training import calibrate, evaluate, export, scores
-from training.fitting import GuardConfig, label_matrix, network_logits
+from training import evaluate, export, operating_point, scores
+from training.batches import network_logits
+from training.fitting import GuardConfig
 from training.mix import Mix, Row
+from training.operating_point import JudgedRows, pool
 from training.scores import f1
+from training.targets import label_matrix
 
 Probabilities = NDArray[np.float64]
 
@@ -63,6 +67,7 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
     export.to_onnx(fitted, float_path)
     export.to_int8(float_path, output / checkpoint.ONNX)
 
+    licences = {name: licence for one in config.mixes for name, licence in one.licences.items()}
     card = Card(
         id=config.id,
         licence=config.licence,
@@ -75,27 +80,27 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
         calibration={role: _numbers(Calibration.identity()) for role in ROLES},
         languages=config.languages,
         data=tuple(
-            DataSource(name=name, licence=config.licences.get(name, "not stated"), rows=rows)
+            DataSource(name=name, licence=licences.get(name, "not stated"), rows=rows)
             for name, rows in sorted(mix.counts().items())
         ),
         labels=config.labels,
         limits=config.limits,
         training=config.model_dump(
-            mode="json", exclude={"base", "data", "licences", "labels", "limits"}
+            mode="json", exclude={"base", "data", "mixes", "teacher", "labels", "limits"}
         )
-        | {"machine": f"{platform.machine()}, {platform.system()}"},
+        | {
+            "mixes": [one.name for one in config.mixes],
+            "machine": f"{platform.machine()}, {platform.system()}",
+        },
         metrics={},
         hashes={},
     )
     checkpoint.write_card(output, card)
     uncalibrated = TextGuard(output)
-    windows = [uncalibrated.prepare(row.example.guard_input()).windows[0] for row in mix.held_out]
-    served = _served_logits(uncalibrated, windows)
-    targets = label_matrix(mix.held_out).astype(np.float64)
-    roles = np.array([row.example.role for row in mix.held_out])
-    calibrations = {
-        role: calibrate.fit(served[roles == role], targets[roles == role]) for role in ROLES
-    }
+    prepare, score = uncalibrated.prepare, partial(_served_logits, uncalibrated)
+    items = [row.example.guard_input() for row in mix.held_out]
+    held_out = JudgedRows(mix.held_out, pool(prepare, score, items))
+    calibrations = operating_point.calibrations(config, mix, held_out, prepare, score)
     card = card.model_copy(
         update={"calibration": {role: _numbers(calibrations[role]) for role in ROLES}}
     )
@@ -104,13 +109,14 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
     guard = TextGuard(output)
     golden = Golden(tolerance=GOLDEN_TOLERANCE, cases=tuple(_golden_cases(guard)))
     (output / checkpoint.GOLDEN).write_text(golden.model_dump_json(indent=1) + "\n", "utf-8")
+    exact = JudgedRows(mix.held_out, pool(prepare, partial(network_logits, fitted), items))
     metrics = {
         "held_out": _by_role(guard, mix.held_out),
         "int8_against_float32": scores.rounded(
             quantisation_error(
-                _calibrated(network_logits(fitted, windows), roles, calibrations),
-                _calibrated(served, roles, calibrations),
-                targets[:, 0],
+                _calibrated(exact, calibrations),
+                _calibrated(held_out, calibrations),
+                label_matrix(mix.held_out)[:, 0].astype(np.float64),
             )
         ),
     }
@@ -138,17 +144,19 @@ def quantisation_error(
     }
 
 
-def _calibrated(
-    logits: Logits, roles: NDArray[np.str_], calibrations: Mapping[Role, Calibration]
-) -> Probabilities:
+def _calibrated(judged: JudgedRows, by_role: Mapping[Role, Calibration]) -> Probabilities:
+    logits, windows = judged.pooled.logits, judged.pooled.windows
     result = np.empty(logits.shape)
-    for role, calibration in calibrations.items():
-        result[roles == role] = calibration.probabilities(logits[roles == role])
+    roles = np.array([row.example.role for row in judged.rows])
+    for role, calibration in by_role.items():
+        chosen = roles == role
+        result[chosen] = calibration.probabilities(logits[chosen], windows[chosen])
     return result
 
 
 def _numbers(calibration: Calibration) -> RoleCalibration:
     return RoleCalibration(
+        window_slope=round(calibration.window_slope, 5),
         scale=tuple(round(value, 5) for value in calibration.scale),
         bias=tuple(round(value, 5) for value in calibration.bias),
     )

@@ -16,17 +16,12 @@ from models.guard import COLUMNS, judge
 from models.inputs import GuardInput, InputEncoder, Window
 from models.text_guard import TextGuard
 from tests.checkpoints import tiny_checkpoint
-from training import fitting, guard
-from training.fitting import (
-    LENGTH_STEP,
-    GuardConfig,
-    category_weights,
-    epoch_batches,
-    label_matrix,
-    learning_rate_factor,
-)
+from training import batches, fitting, guard
+from training.batches import LENGTH_STEP, epoch_batches
+from training.fitting import GuardConfig, learning_rate_factor
 from training.labelled import Example
-from training.mix import Row, Source
+from training.mix import Row
+from training.targets import category_weights, label_matrix
 
 # ONNX Runtime's quantiser, on an export without the shapes of all its tensors.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:onnx")
@@ -74,8 +69,14 @@ def config(base: Path, data: Path, **changes: Any) -> GuardConfig:
         "base_licence": "Apache-2.0",
         "licence": "Apache-2.0",
         "data": data,
-        "sources": (Source(file="f.jsonl", injection=False),),
-        "licences": {"made": "Apache-2.0"},
+        "mixes": [
+            {
+                "name": "made",
+                "licence": "Apache-2.0",
+                "sources": [{"file": "f.jsonl", "injection": False}],
+                "licences": {"made": "Apache-2.0"},
+            }
+        ],
         "labels": "by rule",
         "limits": ("tiny",),
         "epochs": 2,
@@ -141,7 +142,7 @@ class TestStage:
     ) -> None:
         served = TextGuard(made)
         windows = served.prepare(GuardInput("prompt", "how to steal a bike")).windows
-        exact = fitting.network_logits(network.load(made), windows)
+        exact = batches.network_logits(network.load(made), windows)
         # int8 weights, so near but not equal.
         assert np.abs(exact - served.score(windows)).max() < 0.5
 
@@ -217,7 +218,7 @@ class TestPieces:
         encoder = InputEncoder(fitting.base_tokenizer(str(base)))
         short = encoder.encode(GuardInput("prompt", "is it fine")).windows[0]
         long = encoder.encode(GuardInput("prompt", "is it fine " * 20)).windows[0]
-        alone = fitting.network_logits(guard_network, [short])
-        together = fitting.network_logits(guard_network, [short, long])
+        alone = batches.network_logits(guard_network, [short])
+        together = batches.network_logits(guard_network, [short, long])
         np.testing.assert_allclose(alone[0], together[0], atol=1e-5)
         assert np.all(np.diff(together[:, :3], axis=1) < 0)

@@ -8,7 +8,7 @@ import pytest
 
 from models.taxonomy import SIGNALS
 from training.labelled import LabelError
-from training.mix import Mix, Row, Source, build
+from training.mix import Mix, MixConfig, Row, Source, build
 
 
 def prompt(number: int, text: str, **labels: Any) -> dict[str, Any]:
@@ -18,7 +18,8 @@ def prompt(number: int, text: str, **labels: Any) -> dict[str, Any]:
 def rows_of(directory: Path, rows: list[dict[str, Any]], share: float = 0.5, **more: Any) -> Mix:
     path = directory / "f.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return build(directory, [Source(file="f.jsonl", **more)], share, seed=1)
+    config = MixConfig(name="m", licence="x", sources=(Source(file="f.jsonl", **more),))
+    return build(directory, [config], share, seed=1)
 
 
 def signals_of(row: Row) -> dict[str, bool | None]:
@@ -34,7 +35,7 @@ def the_only(directory: Path, row: dict[str, Any], **more: Any) -> Row:
 def test_equal_texts_are_taken_once_whatever_their_case_and_punctuation(tmp_path: Path) -> None:
     mix = rows_of(tmp_path, [prompt(1, "How, now?"), prompt(2, "how now"), prompt(3, "else")])
     assert len(mix.fit) + len(mix.held_out) == 2
-    assert mix.duplicates == 1
+    assert mix.dropped["repeated"] == 1
 
 
 def test_answers_to_one_prompt_stay_on_one_side(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_signals(
 
 
 def test_a_source_whose_flag_is_not_harm_labels_only_its_signal(tmp_path: Path) -> None:
-    row = the_only(tmp_path, prompt(1, "x", unsafe=True), injection="unsafe", harm=False)
+    row = the_only(tmp_path, prompt(1, "x", unsafe=True), injection="unsafe", labels="signals")
     assert row.example.unsafe is None
     assert signals_of(row)["injection"] is True
 
