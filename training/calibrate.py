@@ -114,8 +114,8 @@ def severity_cuts(rows: CalibrationRows, unsafe: float) -> tuple[float, float]:
     for moderate, severe in product(*grid):
         at_least_two = flagged & (logits[:, 1] >= moderate)
         at_least_three = at_least_two & (logits[:, 2] >= severe)
-        level = np.sum([flagged, at_least_two, at_least_three], axis=0, dtype=np.int64)
-        found = scores.severity(truth, level)
+        level = np.array([flagged, at_least_two, at_least_three]).sum(axis=0)
+        found = scores.severity(truth, np.asarray(level, np.int64))
         kappa, f1 = found["severity_qwk_unsafe"], found["severity_macro_f1_unsafe"]
         value = (kappa or 0.0) + (f1 or 0.0)
         if value > best:

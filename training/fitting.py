@@ -223,7 +223,7 @@ class Epochs:
         return sum(map(len, self._plans))
 
     def batches(
-        self, done: int, process: int, processes: int
+        self, done: int, process: int = 0, processes: int = 1
     ) -> Iterator[tuple[int, LabelledBatch]]:
         """Steps from ``done`` on with the rows that are this process's share of them."""
         step = 0

@@ -82,9 +82,10 @@ class Row:
 
     @property
     def key(self) -> bytes:
-        """What makes two rows the same: role and words."""
+        """What makes two rows the same: role and words, those of the turns before included."""
         example = self.example
-        words = [example.role, normal(example.prompt)]
+        words = [example.role, *(normal(turn.text) for turn in example.turns)]
+        words.append(normal(example.prompt))
         if example.response is not None:
             words.append(normal(example.response))
         return digest("\n".join(words))[:16]
