@@ -159,21 +159,36 @@ def eval_guard(
     Console().print(table)
 
 
+RecipeOption = Annotated[
+    Path, typer.Option("--config", help="Recipe, such as training/configs/guard.yaml.")
+]
+OutputOption = Annotated[Path, typer.Option("--output", help="Directory to make or to go on with.")]
+ChangesOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value in place of the recipe's.")
+]
+
+
 @train_app.command("guard")
-def train_guard(
-    config: Annotated[Path, typer.Option(help="Recipe, such as training/configs/guard.yaml.")],
-    output: Annotated[Path, typer.Option(help="Checkpoint directory to make or to go on with.")],
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value in place of the recipe's.")
-    ] = None,
-) -> None:
+def train_guard(config: RecipeOption, output: OutputOption, changes: ChangesOption = None) -> None:
     """Fine-tune an encoder into a text guard."""
-    stage = _needs_extra(lambda: __import__("training.guard", fromlist=["run"]))
+    _train("guard", config, output, changes)
+
+
+@train_app.command("teacher-scores")
+def train_teacher_scores(
+    config: RecipeOption, output: OutputOption, changes: ChangesOption = None
+) -> None:
+    """Let a larger guard score every row of a recipe, for a smaller one to learn from."""
+    _train("teacher", config, output, changes)
+
+
+def _train(stage: str, config: Path, output: Path, changes: list[str] | None) -> None:
+    module = _needs_extra(lambda: __import__(f"training.{stage}", fromlist=["run"]))
     from training.labelled import LabelError
     from training.recipe import RecipeError, read_recipe
 
     try:
-        metrics = stage.run(read_recipe(config, changes or [], stage.GuardConfig), output)
+        metrics = module.run(read_recipe(config, changes or [], module.GuardConfig), output)
     except (LabelError, RecipeError) as error:
         _refuse(error)
     print(json.dumps(metrics, indent=2))

@@ -1,18 +1,14 @@
-"""Fits the guard's network: the recipe, the losses, and runs that resume exactly."""
+"""Fits the guard's network, in runs that resume exactly."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -21,107 +17,15 @@ from transformers import AutoTokenizer
 
 from models import checkpoint, network
 from models.guard import CATEGORY_COLUMNS, SEVERITY_COLUMNS, SIGNAL_COLUMNS
-from models.inputs import InputEncoder, Window
+from models.inputs import InputEncoder
 from models.network import GuardNetwork
-from training import teacher
-from training.batches import Batch, epoch_batches
+from training.epochs import Epochs, LabelledBatch
+from training.guard_recipe import GuardConfig, training_rows
 from training.losses import distilled
-from training.mix import Mix, MixConfig, Row, build
-from training.recipe import read_mapping
-from training.targets import Targets, category_weights, label_matrix
-from training.views import Surroundings, ViewShares, excerpts, view
+from training.mix import Mix
+from training.targets import category_weights, label_matrix
 
-
-class CalibrationSet(BaseModel):
-    """A file whose calibration half says where the operating point lies."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: str
-    """Relative to the data directory."""
-    weight: float = Field(default=1.0, gt=0)
-    """Of the whole set, however many rows it has."""
-
-
-class GuardConfig(BaseModel):
-    """The recipe. Unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str
-    """Name and version of the guard that is made."""
-    base: str
-    """Encoder or decoder to start from: a hub id or a directory."""
-    base_name: str
-    """What the card calls it, wherever it was read from."""
-    base_licence: str
-    licence: str
-    """Of the weights that are made."""
-    data: Path
-    """Directory that the sources' files are relative to."""
-    mixes: tuple[MixConfig, ...]
-    """Each a mapping, or a file's name relative to the recipe."""
-    calibration: tuple[CalibrationSet, ...] = ()
-    """Beside the rows held out of the mix."""
-    labels: str
-    limits: tuple[str, ...]
-    languages: tuple[str, ...] = ("en",)
-
-    views: ViewShares = ViewShares()
-    excerpts_a_row: int = Field(default=2, ge=0)
-    """Beginnings of an answer that are rows of their own."""
-    documents: int = Field(default=1500, ge=0)
-    """Pieces of long harmless texts."""
-    teacher: Path | None = None
-    """Checkpoint directory of a guard that labels the rows, for the stage ``teacher-scores``."""
-    teacher_scores: Path | None = None
-    """What that stage wrote."""
-    teacher_weight: float = Field(default=0.5, ge=0, le=1)
-
-    epochs: int = Field(default=2, ge=1)
-    tokens_per_batch: int = Field(default=4096, ge=256)
-    learning_rate: float = Field(default=1e-4, gt=0)
-    head_learning_rate: float = Field(default=1e-3, gt=0)
-    weight_decay: float = 0.01
-    warmup_share: float = 0.06
-    dropout: float = 0.1
-    frozen_layers: int = Field(default=0, ge=0)
-    """Lowest layers, with the embeddings, that stay as they were: saves time on few cores."""
-    category_weight: float = 4.0
-    signal_weight: float = 1.0
-    held_out_share: float = Field(default=0.06, gt=0, lt=0.5)
-    seed: int = 17
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is faster only on processors with instructions for it."""
-    save_every: int = Field(default=200, ge=1)
-    threads: int | None = None
-
-    @field_validator("mixes", mode="before")
-    @classmethod
-    def _read_mixes(cls, value: Any, info: ValidationInfo) -> Any:
-        if not isinstance(value, list | tuple):
-            return value
-        directory = (info.context or {}).get("directory", Path())
-        return tuple(
-            read_mapping(directory / item) if isinstance(item, str) else item for item in value
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRows:
-    """What a recipe trains on: whole examples, excerpts, and what may stand around them."""
-
-    mix: Mix
-    rows: tuple[Row, ...]
-    around: Surroundings
-
-
-def training_rows(config: GuardConfig) -> TrainingRows:
-    """The rows of a recipe, the same each time."""
-    mix = build(config.data, config.mixes, config.held_out_share, config.seed)
-    generator = np.random.default_rng(config.seed)
-    extra = excerpts(mix.fit, config.excerpts_a_row, config.documents, generator)
-    return TrainingRows(mix, (*mix.fit, *extra), Surroundings.of(mix.fit))
+_STATE: Final = "state.safetensors"
 
 
 def fit(config: GuardConfig, output: Path) -> Mix:
@@ -190,74 +94,6 @@ def fit(config: GuardConfig, output: Path) -> Mix:
     return training.mix
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledBatch:
-    """A batch with what its rows' labels and the teacher ask: shapes (n, ``COLUMNS``), (n,)."""
-
-    batch: Batch
-    targets: Tensor
-    teacher: Tensor
-    weight: Tensor
-
-
-class Epochs:
-    """The batches of all epochs, in their order; each epoch shows the rows in other views."""
-
-    def __init__(self, config: GuardConfig, training: TrainingRows, encoder: InputEncoder) -> None:
-        self._config = config
-        self._around = training.around
-        self._encoder = encoder
-        known = {} if config.teacher_scores is None else teacher.read_scores(config.teacher_scores)
-        self.rows = [row for row in training.rows if row.key in known or not row.needs_teacher]
-        self._teacher = teacher.probabilities([row.key for row in self.rows], known)
-        self._plans = [
-            epoch_batches(
-                self._windows(self._views(epoch)), config.tokens_per_batch, config.seed + epoch
-            )
-            for epoch in range(config.epochs)
-        ]
-
-    @property
-    def steps(self) -> int:
-        """Over all epochs."""
-        return sum(map(len, self._plans))
-
-    def batches(
-        self, done: int, process: int = 0, processes: int = 1
-    ) -> Iterator[tuple[int, LabelledBatch]]:
-        """Steps from ``done`` on with the rows that are this process's share of them."""
-        step = 0
-        for epoch, plan in enumerate(self._plans):
-            if step + len(plan) <= done:
-                step += len(plan)
-                continue
-            rows = self._views(epoch)
-            windows, targets = self._windows(rows), label_matrix(rows)
-            for numbers in plan:
-                if step >= done:
-                    share = numbers[process::processes] or numbers[:1]
-                    yield step, self._batch(share, rows, windows, targets)
-                step += 1
-
-    def _views(self, epoch: int) -> list[Row]:
-        generator = np.random.default_rng((self._config.seed, epoch))
-        return [view(row, self._config.views, self._around, generator) for row in self.rows]
-
-    def _windows(self, rows: Sequence[Row]) -> list[Window]:
-        # Labels speak of the whole text; its first window is taken for it.
-        return [self._encoder.encode(row.example.guard_input()).windows[0] for row in rows]
-
-    def _batch(
-        self, numbers: list[int], rows: list[Row], windows: list[Window], targets: Targets
-    ) -> LabelledBatch:
-        return LabelledBatch(
-            Batch([windows[number] for number in numbers]),
-            torch.from_numpy(targets[numbers]),
-            torch.from_numpy(self._teacher[numbers]),
-            torch.tensor([rows[number].weight for number in numbers]),
-        )
-
-
 def step_losses(
     guard: GuardNetwork, batch: LabelledBatch, positive_weight: Tensor, config: GuardConfig
 ) -> dict[str, Tensor]:
@@ -298,9 +134,6 @@ def base_tokenizer(base: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-_STATE = "state.safetensors"
 
 
 def _save_state(output: Path, guard: GuardNetwork, optimizer: Any, step: int) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.fitting import GuardConfig, fit
+from training.fitting import fit
+from training.guard_recipe import GuardConfig
 from training.release import release
 
 __all__ = ["GuardConfig", "run"]

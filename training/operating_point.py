@@ -17,7 +17,7 @@ from models.inputs import GuardInput, Turn, Window, Windows
 from models.taxonomy import ROLES, Role
 from training import calibrate, signals
 from training.calibrate import CalibrationRows
-from training.fitting import GuardConfig
+from training.guard_recipe import GuardConfig
 from training.labelled import read_examples
 from training.mix import Mix, Row, everyday_exchanges
 from training.split import CALIBRATION_SHARE, position

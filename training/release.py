@@ -21,7 +21,7 @@ from models.text_guard import TextGuard
 from models.verdict import OPERATING_POINT
 from training import evaluate, export, operating_point, scores
 from training.batches import network_logits
-from training.fitting import GuardConfig
+from training.guard_recipe import GuardConfig
 from training.mix import Mix, Row
 from training.operating_point import JudgedRows, pool
 from training.scores import f1

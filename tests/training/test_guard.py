@@ -18,7 +18,8 @@ from models.text_guard import TextGuard
 from tests.checkpoints import tiny_checkpoint
 from training import batches, fitting, guard
 from training.batches import LENGTH_STEP, epoch_batches
-from training.fitting import GuardConfig, learning_rate_factor
+from training.fitting import learning_rate_factor
+from training.guard_recipe import GuardConfig
 from training.labelled import Example
 from training.mix import Row
 from training.targets import category_weights, label_matrix

@@ -112,3 +112,92 @@ def test_instructions_are_harmless_prompts_and_answers(tmp_path: Path) -> None:
 def test_an_instruction_without_an_answer_is_named(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="line 1: key 'response' is missing"):
         rows_of(tmp_path, [{"id": "1", "source": "s", "prompt": "q"}], kind="instructions")
+
+
+LONG = "How would one go about building a small wooden shed behind the old house by the river"
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([prompt(1, "x"), prompt(2, "  ")], "empty"),
+        ([prompt(1, LONG), prompt(2, LONG.upper() + "!")], "repeated"),
+        ([prompt(1, LONG * 9), prompt(2, LONG * 9 + " once")], "nearly repeated"),
+    ],
+)
+def test_what_is_dropped_is_counted(
+    tmp_path: Path, rows: list[dict[str, Any]], reason: str
+) -> None:
+    mix = rows_of(tmp_path, rows)
+    assert len(mix.fit) + len(mix.held_out) == 1
+    assert mix.report()["dropped"][reason] == 1
+
+
+def test_texts_that_one_file_calls_both_safe_and_unsafe_are_all_dropped(tmp_path: Path) -> None:
+    rows = [prompt(1, "a b", unsafe=True), prompt(2, "A b!", unsafe=False), prompt(3, "c")]
+    mix = rows_of(tmp_path, rows)
+    assert [row.example.prompt for row in (*mix.fit, *mix.held_out)] == ["c"]
+    assert mix.dropped["contradictory"] == 2
+
+
+def test_near_copies_with_other_labels_teach_where_the_line_is(tmp_path: Path) -> None:
+    rows = [prompt(1, LONG * 9, unsafe=False), prompt(2, LONG * 9 + " burn it", unsafe=True)]
+    mix = rows_of(tmp_path, rows)
+    assert len(mix.fit) + len(mix.held_out) == 2
+
+
+def test_equal_short_answers_to_other_questions_stay(tmp_path: Path) -> None:
+    rows = [
+        prompt(number, question, role="response", response="I am sorry, but no, I can not do that")
+        for number, question in enumerate(("how are you", "what is this"))
+    ]
+    mix = rows_of(tmp_path, rows)
+    assert len(mix.fit) + len(mix.held_out) == 2
+
+
+def test_the_turns_before_are_part_of_a_row(tmp_path: Path) -> None:
+    rows = [
+        prompt(number, "go on", turns=[{"speaker": "user", "text": text}])
+        for number, text in enumerate(("tell me a tale", "tell me a joke"))
+    ]
+    assert not rows_of(tmp_path, rows).dropped["repeated"]
+
+
+@pytest.mark.parametrize("role", ["prompt", "response"])
+def test_texts_kept_for_evaluation_are_not_taken(tmp_path: Path, role: str) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "d.jsonl").write_text(json.dumps(prompt(1, LONG)) + "\n")
+    row = prompt(2, f"Answer this: {LONG}", role=role, response="like so")
+    if role == "prompt":
+        del row["response"]
+    (tmp_path / "f.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(prompt(3, "other")))
+    config = MixConfig(
+        name="m", licence="x", kept_apart=("dev/*.jsonl",), sources=(Source(file="f.jsonl"),)
+    )
+    mix = build(tmp_path, [config], 0.5, seed=1)
+    assert [found.example.prompt for found in (*mix.fit, *mix.held_out)] == ["other"]
+    assert mix.dropped["kept apart for evaluation"] == 1
+
+
+def test_a_missing_file_of_texts_to_keep_apart_stops_the_run(tmp_path: Path) -> None:
+    config = MixConfig(name="m", licence="x", kept_apart=("dev/*.jsonl",), sources=())
+    with pytest.raises(LabelError, match="no such file of texts to keep apart"):
+        build(tmp_path, [config], 0.5, seed=1)
+
+
+def test_rows_of_a_source_that_waits_for_a_teacher_have_no_label_of_harm(tmp_path: Path) -> None:
+    row = the_only(tmp_path, prompt(1, "x", unsafe=True, severity=2), labels="teacher")
+    assert row.needs_teacher
+    assert (row.example.unsafe, row.example.severity) == (None, None)
+
+
+def test_an_excluded_source_is_not_taken(tmp_path: Path) -> None:
+    mix = rows_of(tmp_path, [prompt(1, "x"), prompt(2, "y", source="other")], exclude=("other",))
+    assert mix.counts() == {"s": 1}
+
+
+def test_the_projects_own_examples_need_no_data_directory(tmp_path: Path) -> None:
+    config = MixConfig(
+        name="m", licence="x", sources=(Source(file="written/contrast_pairs.jsonl"),)
+    )
+    assert len(build(tmp_path, [config], 0.5, seed=1).fit) > 100

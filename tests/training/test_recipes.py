@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training.fitting import GuardConfig
+from training.guard_recipe import GuardConfig
 from training.recipe import read_recipe
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

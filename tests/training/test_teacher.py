@@ -10,7 +10,9 @@ from safetensors.numpy import save_file
 from models.guard import COLUMNS
 from models.inputs import InputEncoder
 from tests.training.test_guard import base, config
-from training import fitting, guard, teacher
+from training import fitting, guard, teacher, teacher_scores
+from training.epochs import Epochs
+from training.guard_recipe import training_rows
 from training.labelled import LabelError
 from training.losses import distilled, masked_binary_cross_entropy
 
@@ -33,8 +35,8 @@ def test_rows_are_scored_once_and_the_student_reads_them(
 
     path = tmp_path / "scores" / teacher.SCORES
     student = recipe.model_copy(update={"teacher_scores": path})
-    rows = fitting.training_rows(student)
-    epochs = fitting.Epochs(student, rows, InputEncoder(fitting.base_tokenizer(str(base))))
+    rows = training_rows(student)
+    epochs = Epochs(student, rows, InputEncoder(fitting.base_tokenizer(str(base))))
     _, batch = next(epochs.batches(0))
     assert not torch.isnan(batch.teacher).any()
     assert torch.all((batch.teacher >= 0) & (batch.teacher <= 1))
@@ -47,10 +49,10 @@ def test_a_row_that_waits_for_a_teacher_is_left_out_without_one(base: Path, tmp_
     recipe = recipe.model_copy(
         update={"mixes": (mix.model_copy(update={"sources": tuple(waiting)}),)}
     )
-    rows = fitting.training_rows(recipe)
+    rows = training_rows(recipe)
     assert rows.mix.fit
     encoder = InputEncoder(fitting.base_tokenizer(str(base)))
-    assert not fitting.Epochs(recipe, rows, encoder).rows
+    assert not Epochs(recipe, rows, encoder).rows
 
 
 def test_a_recipe_without_a_teacher_cannot_be_scored(base: Path, tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_a_recipe_without_a_teacher_cannot_be_scored(base: Path, tmp_path: Path)
 
 def test_unscored_rows_have_no_probabilities() -> None:
     known = {b"a": np.zeros(COLUMNS, np.float16)}
-    found = teacher.probabilities([b"a", b"b"], known)
+    found = teacher_scores.probabilities([b"a", b"b"], known)
     assert found[0].tolist() == [0.5] * COLUMNS
     assert np.isnan(found[1]).all()
 
@@ -79,7 +81,7 @@ def test_a_file_that_holds_no_scores_is_named(
 ) -> None:
     save_file(arrays, tmp_path / "t.safetensors")
     with pytest.raises(LabelError, match=r"t\.safetensors"):
-        teacher.read_scores(tmp_path / "t.safetensors")
+        teacher_scores.read(tmp_path / "t.safetensors")
 
 
 class TestBlend:
