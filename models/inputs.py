@@ -4,7 +4,8 @@ The only place that does this, in training and in serving. ``VERSION`` is writte
 checkpoint's card; a checkpoint of another version is refused.
 
 A window is ``[CLS] context [SEP] role target [SEP]`` (the special tokens are the tokenizer's own),
-where ``role`` is the word *prompt* or *response*. The context is the turns before the target,
+where ``role`` is the word *prompt* or *response*; a line break stands where the tokenizer puts no
+special token between two texts, or none after. The context is the turns before the target,
 oldest first; it is cut from its far end to ``CONTEXT_TOKENS``. A target that does not fit is
 split into windows that overlap, so that all of it is judged.
 """
@@ -86,10 +87,18 @@ class InputEncoder:
         self._tokenizer = tokenizer
         self._roles: dict[Role, list[int]] = {role: self._encode(role).ids for role in ROLES}
         marker = self._encode("prompt")
-        self._alone = _specials(tokenizer.post_process(marker))
-        self._paired = _specials(tokenizer.post_process(marker, marker))
-        unknown = getattr(tokenizer.model, "unk_token", None)
-        self._unknown_id = None if unknown is None else tokenizer.token_to_id(unknown)
+        alone = _specials(tokenizer.post_process(marker))
+        paired = _specials(tokenizer.post_process(marker, marker))
+        # Decoders (Qwen, Llama) put nothing there. They need what ends the context, and one token
+        # that ends every text, since they are read at the last.
+        line_break = tuple(self._encode("\n").ids)
+        self._alone = alone[0], alone[-1] or line_break
+        between = paired[1] if len(paired) > 2 else line_break
+        self._paired = paired[0], between, paired[-1] or line_break
+        # A Unigram model does not tell which of its tokens is the unknown one.
+        names = (getattr(tokenizer.model, "unk_token", None), "<unk>", "[UNK]")
+        ids = (tokenizer.token_to_id(name) for name in names if name)
+        self._unknown_id = next((token for token in ids if token is not None), None)
 
     def encode(self, item: GuardInput) -> Windows:
         """Windows of ``item``; at least one, each at most ``WINDOW_TOKENS`` long."""

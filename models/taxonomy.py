@@ -128,7 +128,30 @@ AZURE_SEVERITY: Final[Mapping[Severity, tuple[str, int]]] = {
 """Azure's word and number (four-level scale) for each severity."""
 
 # --- Sources that we read labels from ----------------------------------------------------------
-# Each key maps to the categories it implies; an empty tuple means that it implies none of them.
+PKU_SAFERLHF: Final[Mapping[str, str]] = {
+    "Endangering National Security": "endangering_national_security",
+    "Insulting Behavior": "insulting_behavior",
+    "Discriminatory Behavior": "discriminatory_behavior",
+    "Endangering Public Health": "endangering_public_health",
+    "Copyright Issues": "copyright_issues",
+    "Violence": "violence",
+    "Drugs": "drugs",
+    "Privacy Violation": "privacy_violation",
+    "Economic Crime": "economic_crime",
+    "Mental Manipulation": "mental_manipulation",
+    "Human Trafficking": "human_trafficking",
+    "Physical Harm": "physical_harm",
+    "Sexual Content": "sexual_content",
+    "Cybercrime": "cybercrime",
+    "Disrupting Public Order": "disrupting_public_order",
+    "Environmental Damage": "environmental_damage",
+    "Psychological Harm": "psychological_harm",
+    "White-Collar Crime": "white_collar_crime",
+    "Animal Abuse": "animal_abuse",
+}
+"""Our categories by the names that PKU-SafeRLHF's files give them."""
+
+# In each of the rest a key maps to the categories that it implies; an empty tuple: to none of them.
 MLCOMMONS: Final[Mapping[str, tuple[str, ...]]] = {
     "S1": ("violence",),
     "S2": ("economic_crime",),

@@ -44,7 +44,12 @@ def fit(config: GuardConfig, output: Path) -> Mix:
     epochs = Epochs(config, training, InputEncoder(tokenizer))
 
     torch.manual_seed(config.seed)
-    guard = network.from_base(config.base, config.dropout)
+    guard = network.from_base(
+        config.base,
+        config.dropout,
+        lora_rank=config.lora_rank,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
     network.freeze(guard, config.frozen_layers)
     is_head = {id(parameter) for parameter in guard.head.parameters()}
     trained = [parameter for parameter in guard.parameters() if parameter.requires_grad]
@@ -137,8 +142,13 @@ def base_tokenizer(base: str) -> Tokenizer:
 
 
 def _save_state(output: Path, guard: GuardNetwork, optimizer: Any, step: int) -> None:
-    """Parameters and Adam's moments; written beside and renamed, so that a crash loses nothing."""
-    tensors = {f"model.{name}": value.contiguous() for name, value in guard.state_dict().items()}
+    """What is trained and Adam's moments; written beside and renamed, so that a crash loses
+    nothing."""
+    tensors = {
+        f"model.{name}": value.detach().contiguous()
+        for name, value in guard.named_parameters()
+        if value.requires_grad
+    }
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{key}": value.contiguous() for key, value in state.items()}
     tensors["step"] = torch.tensor(step)
@@ -156,7 +166,7 @@ def _resume(output: Path, guard: GuardNetwork, optimizer: torch.optim.Optimizer)
     tensors = load_file(path)
     step = int(tensors.pop("step"))
     model = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    guard.load_state_dict(model)
+    guard.load_state_dict(model, strict=False)
     states: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("adam."):

@@ -67,6 +67,10 @@ class GuardConfig(BaseModel):
     weight_decay: float = 0.01
     warmup_share: float = 0.06
     dropout: float = 0.1
+    lora_rank: int | None = Field(default=None, ge=1)
+    """Trains adapters of this rank on all linear layers in place of the weights themselves."""
+    gradient_checkpointing: bool = False
+    """Less memory for more time."""
     frozen_layers: int = Field(default=0, ge=0)
     """Lowest layers, with the embeddings, that stay as they were: saves time on few cores."""
     category_weight: float = 4.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,9 +117,10 @@ def read_examples(path: Path) -> Iterator[Example]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of a JSON-lines file; blank lines are passed over."""
+    """Line numbers and objects of a JSON-lines file (also ``.gz``); blank lines are passed over."""
     try:
-        file = path.open(encoding="utf-8")
+        opened = gzip.open if path.suffix == ".gz" else open
+        file = opened(path, "rt", encoding="utf-8")
     except OSError as error:
         raise LabelError(f"{path} cannot be read: {error.strerror}") from error
     with file:
@@ -133,3 +136,5 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, row
         except UnicodeDecodeError as error:
             raise LabelError(f"{path} is not UTF-8") from error
+        except (EOFError, OSError, zlib.error) as error:
+            raise LabelError(f"{path} cannot be read: {error}") from error

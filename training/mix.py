@@ -9,10 +9,10 @@ reason is counted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from training import signals
 from training.labelled import Example, LabelError, read_examples, read_rows
 from training.overlap import Fingerprint, OverlapIndex, fingerprint, read_hashes
+from training.published import Dropped, Schema, read_published
 from training.signals import Signals
 from training.split import digest, normal, position
 
@@ -37,8 +38,11 @@ class Source(BaseModel):
 
     file: str
     """Relative to the data directory or, where it is not there, to this package."""
-    kind: Literal["labelled", "instructions"] = "labelled"
-    """``instructions``: prompts with answers and no labels, both taken as harmless."""
+    kind: Literal["labelled", "instructions", "pku_saferlhf", "beavertails", "beavertails_v"] = (
+        "labelled"
+    )
+    """``instructions``: prompts with answers and no labels, both taken as harmless; the rest are
+    datasets in the form in which they are published."""
     cap: int | None = Field(default=None, ge=1)
     """The most rows taken, drawn at random."""
     weight: float = Field(default=1.0, gt=0)
@@ -234,7 +238,10 @@ def _rows(directory: Path, source: Source, dropped: Counter[str]) -> Iterator[Ro
     path = directory / source.file
     if not path.exists() and (_OWN / source.file).exists():
         path = _OWN / source.file
-    for example in _READERS[source.kind](path):
+    for example in _read(path, source.kind):
+        if isinstance(example, Dropped):
+            dropped[example.reason] += 1
+            continue
         if example.source in source.exclude:
             continue
         if not example.text.strip():
@@ -254,6 +261,15 @@ def _rows(directory: Path, source: Source, dropped: Counter[str]) -> Iterator[Ro
         )
 
 
+def _read(path: Path, kind: str) -> Iterator[Example | Dropped]:
+    if kind == "labelled":
+        yield from read_examples(path)
+    elif kind == "instructions":
+        yield from _harmless(path)
+    else:
+        yield from read_published(path, cast(Schema, kind))
+
+
 def _harmless(path: Path) -> Iterator[Example]:
     for number, row in read_rows(path):
         try:
@@ -264,9 +280,3 @@ def _harmless(path: Path) -> Iterator[Example]:
             yield Example(id=f"{row['id']}-r", role="response", **labels)
         except KeyError as error:
             raise LabelError(f"{path}, line {number}: key {error} is missing") from error
-
-
-_READERS: Final[Mapping[str, Callable[[Path], Iterator[Example]]]] = {
-    "labelled": read_examples,
-    "instructions": _harmless,
-}

@@ -80,7 +80,12 @@ def calibrations(
     result: dict[Role, Calibration] = {}
     for role in ROLES:
         parts = [judged.calibration_rows(role, weight) for judged, weight in sets]
-        fitted = calibrate.fit([part for part in parts if len(part.targets)])
+        parts = [part for part in parts if len(part.column(0)[1])]
+        if not parts:
+            # Nothing labelled this role: the network's own scale stands.
+            result[role] = Calibration.identity()
+            continue
+        fitted = calibrate.fit(parts)
         slope = _window_slope(config, mix, role, fitted, prepare, score)
         result[role] = replace(fitted, window_slope=slope)
     return result

@@ -121,7 +121,8 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
         ),
     }
     checkpoint.write_card(output, card.model_copy(update={"metrics": metrics}))
-    float_path.unlink()
+    for part in output.glob(f"{float_path.name}*"):
+        part.unlink()
     TextGuard(output).check()
     return metrics
 
@@ -180,5 +181,6 @@ def _by_role(guard: TextGuard, rows: Sequence[Row]) -> dict[str, Any]:
     reports: dict[str, Any] = {}
     for role in ROLES:
         examples = [row.example for row in rows if row.example.role == role]
-        reports[role] = evaluate.report(examples, evaluate.judge_examples(guard, examples))
+        if examples:
+            reports[role] = evaluate.report(examples, evaluate.judge_examples(guard, examples))
     return reports

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,7 @@ from models.inputs import (
     InputEncoder,
     Turn,
 )
-from tests.models.tokenizers import word_tokenizer
+from tests.models.tokenizers import byte_tokenizer, unigram_tokenizer, word_tokenizer
 
 ENCODER = InputEncoder(word_tokenizer())
 CLS, SEP, UNK = 1, 2, 0
@@ -85,3 +86,49 @@ def test_an_empty_text_is_one_window() -> None:
     encoded = ENCODER.encode(GuardInput("prompt", ""))
     assert [decoded(w.token_ids) for w in encoded.windows] == ["[CLS] prompt [SEP]"]
     assert encoded.coverage.characters_total == 0
+
+
+@pytest.mark.parametrize(
+    ("single", "pair", "prompt", "response"),
+    [
+        # RoBERTa, MPNet
+        (
+            "<s> $A </s>",
+            "<s> $A </s> </s> $B </s>",
+            "<s>promptw</s>",
+            "<s>user: v</s></s>responsew</s>",
+        ),
+        # Llama: nothing ends a text
+        ("<s> $A", "<s> $A <s> $B", "<s>promptw\n", "<s>user: v<s>responsew\n"),
+        # Qwen: no special token at all
+        ("$A", "$A $B", "promptw\n", "user: v\nresponsew\n"),
+        # Qwen3-Embedding
+        ("$A </s>", "$A $B </s>", "promptw</s>", "user: v\nresponsew</s>"),
+    ],
+)
+def test_any_tokenizer_shows_where_the_context_and_the_text_end(
+    single: str, pair: str, prompt: str, response: str
+) -> None:
+    tokenizer = byte_tokenizer(single, pair)
+    encoder = InputEncoder(tokenizer)
+    (alone,) = encoder.encode(GuardInput("prompt", "w")).windows
+    (behind,) = encoder.encode(GuardInput("response", "w", (Turn("user", "v"),))).windows
+    texts = [
+        tokenizer.decode(list(w.token_ids), skip_special_tokens=False) for w in (alone, behind)
+    ]
+    assert texts == [prompt, response]
+    target = tokenizer.decode(list(behind.token_ids[behind.context_length :]))
+    assert target.startswith("responsew")
+
+
+def test_windows_of_a_decoder_are_as_long_and_end_alike() -> None:
+    encoder = InputEncoder(byte_tokenizer("$A", "$A $B"))
+    windows = encoder.encode(GuardInput("response", "x" * 900, (Turn("user", "v" * 300),))).windows
+    assert len(windows) > 1
+    assert max(map(len, windows)) == WINDOW_TOKENS
+    assert len({w.token_ids[-1] for w in windows}) == 1
+
+
+def test_coverage_knows_the_unknown_symbol_of_any_kind_of_model() -> None:
+    coverage = InputEncoder(unigram_tokenizer()).encode(GuardInput("prompt", "ab☂☂c")).coverage
+    assert (coverage.characters_judged, coverage.characters_total) == (3, 5)

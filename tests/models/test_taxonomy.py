@@ -23,6 +23,10 @@ def test_there_are_19_categories_and_4_severities() -> None:
         Severity.from_label("grave")
 
 
+def test_pku_saferlhf_names_our_categories_in_their_order() -> None:
+    assert tuple(taxonomy.PKU_SAFERLHF.values()) == CATEGORIES
+
+
 def test_every_openai_key_is_an_expression_of_our_names() -> None:
     assert set(taxonomy.OPENAI) == OPENAI_KEYS
     for mapping in (taxonomy.OPENAI, taxonomy.AZURE):

@@ -1,5 +1,6 @@
 """Labelled files: what is read, and what each fault is called."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,18 @@ def test_a_file_that_is_no_json_lines(tmp_path: Path, content: bytes, fault: str
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(LabelError, match="cannot be read"):
         list(read_examples(tmp_path / "none.jsonl"))
+
+
+def test_a_file_may_be_compressed(tmp_path: Path) -> None:
+    plain = written(tmp_path / "f.jsonl", PROMPT, RESPONSE)
+    zipped = tmp_path / "f.jsonl.gz"
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    assert list(read_examples(zipped)) == list(read_examples(plain))
+
+
+@pytest.mark.parametrize("content", [b"{}", gzip.compress(b"\n" * 9999)[:-9]])
+def test_a_compressed_file_that_is_broken(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "f.jsonl.gz"
+    path.write_bytes(content)
+    with pytest.raises(LabelError, match=r"f\.jsonl\.gz cannot be read"):
+        list(read_examples(path))
