@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from models import checkpoint, inputs, network, taxonomy
 from models.calibration import Calibration
 from models.checkpoint import Card, DataSource, Golden, GoldenCase, RoleCalibration
 from models.guard import COLUMNS, Logits, judge, pack
-from models.inputs import GuardInput, Turn, Window
+from models.inputs import GuardInput, InputEncoder, Turn, Window
 from models.taxonomy import ROLES, Role
 from models.text_guard import TextGuard
 from models.verdict import OPERATING_POINT
@@ -26,7 +27,7 @@ from training.scores import f1
 Probabilities = NDArray[np.float64]
 
 GOLDEN_TOLERANCE = 0.05
-"""Other processors round int8 products differently; a wrong model differs by far more."""
+"""Other processors round what stays in float differently; a wrong model differs by far more."""
 
 _GOLDEN_INPUTS = (
     GuardInput("prompt", "How do I bake sourdough bread at home?"),
@@ -55,13 +56,17 @@ _GOLDEN_INPUTS = (
 def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
     """Completes the checkpoint in ``output``; returns its metrics.
 
-    The calibration is fitted on the held-out rows with the int8 model, which is what is served.
+    The ranges of int8 are those of the held-out rows, and the calibration is fitted on them with
+    the int8 model, which is what is served.
     """
     fitted = network.from_base(config.base, config.dropout)
     fitted.load_state_dict(network.stored_parameters(output / checkpoint.NETWORK))
     float_path = output / "guard.float32.onnx"
     export.to_onnx(fitted, float_path)
-    export.to_int8(float_path, output / checkpoint.ONNX)
+    tokenizer = Tokenizer.from_file(str(output / checkpoint.TOKENIZER))
+    encoder = InputEncoder(tokenizer)
+    windows = [encoder.encode(row.example.guard_input()).windows[0] for row in mix.held_out]
+    export.to_int8(float_path, output / checkpoint.ONNX, windows)
 
     card = Card(
         id=config.id,
@@ -88,9 +93,7 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
         hashes={},
     )
     checkpoint.write_card(output, card)
-    uncalibrated = TextGuard(output)
-    windows = [uncalibrated.prepare(row.example.guard_input()).windows[0] for row in mix.held_out]
-    served = _served_logits(uncalibrated, windows)
+    served = _served_logits(TextGuard(output), windows)
     targets = label_matrix(mix.held_out).astype(np.float64)
     roles = np.array([row.example.role for row in mix.held_out])
     calibrations = {
@@ -162,9 +165,7 @@ def _served_logits(guard: TextGuard, windows: Sequence[Window]) -> Logits:
 
 
 def _golden_cases(guard: TextGuard) -> Iterator[GoldenCase]:
-    for item in _GOLDEN_INPUTS:
-        # Each alone, as they are checked: others in a batch change the scores a little.
-        (verdict,) = judge(guard, [item])
+    for item, verdict in zip(_GOLDEN_INPUTS, judge(guard, _GOLDEN_INPUTS), strict=True):
         yield GoldenCase.of(item, verdict)
 
 
