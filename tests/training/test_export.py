@@ -8,12 +8,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from models import checkpoint, network
+from models import checkpoint
 from models.inputs import GuardInput
 from models.text_guard import TextGuard, model_inputs
 from tests.checkpoints import tiny_checkpoint
 from training import export
-from training.fitting import network_logits
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +27,6 @@ def test_neighbours_and_padding_change_no_scores(directory: Path) -> None:
     together = guard.score(windows)
     for window, logits in zip(windows, together, strict=True):
         np.testing.assert_allclose(guard.score([window])[0], logits, atol=1e-4, rtol=0)
-
-
-def test_it_agrees_with_the_network_it_was_made_from(directory: Path) -> None:
-    guard = TextGuard(directory)
-    windows = guard.prepare(GuardInput("prompt", "how is the weather")).windows
-    exact = network_logits(network.load(directory), windows)
-    assert np.abs(exact - guard.score(windows)).max() < 0.05
 
 
 def test_words_and_weights_are_int8_and_leave_products_room(directory: Path) -> None:
