@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from models import checkpoint
@@ -56,21 +57,7 @@ class TextGuard:
 
     def score(self, windows: Sequence[Window]) -> Logits:
         """See ``Guard.score``."""
-        longest = max(map(len, windows))
-        shape = (len(windows), longest)
-        token_ids = np.zeros(shape, np.int64)
-        attention_mask = np.zeros(shape, np.int64)
-        token_type_ids = np.zeros(shape, np.int64)
-        for row, window in enumerate(windows):
-            length = len(window)
-            token_ids[row, :length] = window.token_ids
-            attention_mask[row, :length] = 1
-            token_type_ids[row, window.context_length : length] = 1
-        arrays = {
-            "input_ids": token_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-        }
+        arrays = model_inputs(windows)
         # An encoder without segments has no input for them.
         (logits,) = self._session.run(["logits"], {name: arrays[name] for name in self._inputs})
         return np.asarray(logits, np.float32)
@@ -108,6 +95,24 @@ class TextGuard:
                     f" {difference:.3f} (allowed {golden.tolerance}): this machine or runtime"
                     " computes other scores than the one that made the checkpoint"
                 )
+
+
+def model_inputs(windows: Sequence[Window]) -> dict[str, NDArray[np.int64]]:
+    """The inputs of the ONNX model by name, each of shape (n, longest window)."""
+    shape = (len(windows), max(map(len, windows)))
+    token_ids = np.zeros(shape, np.int64)
+    attention_mask = np.zeros(shape, np.int64)
+    token_type_ids = np.zeros(shape, np.int64)
+    for row, window in enumerate(windows):
+        length = len(window)
+        token_ids[row, :length] = window.token_ids
+        attention_mask[row, :length] = 1
+        token_type_ids[row, window.context_length : length] = 1
+    return {
+        "input_ids": token_ids,
+        "attention_mask": attention_mask,
+        "token_type_ids": token_type_ids,
+    }
 
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:

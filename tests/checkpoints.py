@@ -95,7 +95,9 @@ def _build(directory: Path) -> None:
         # Libraries' own: about one another, and about rounding an export of random weights.
         warnings.simplefilter("ignore")
         export.to_onnx(guard_network, exported)
-        export.to_int8(exported, directory / checkpoint.ONNX)
+        encoder = inputs.InputEncoder(tokenizer)
+        windows = [window for item in _GOLDEN for window in encoder.encode(item).windows]
+        export.to_int8(exported, directory / checkpoint.ONNX, windows)
     exported.unlink()
 
     calibration = Calibration.identity()
