@@ -171,7 +171,8 @@ def eval_guard(
         read = files_as_suite(data) if data else read_suite(suite or DEFAULT_SUITE, data_directory)
     except (LabelError, RecipeError, RequirementError) as error:
         _refuse(error)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
 
         def bars(name: str, total: int) -> Callable[[int], None]:
             task = progress.add_task(name, total=total)

@@ -44,7 +44,7 @@ class Requirement:
             return f"{self.figure} is undefined: the data lacks the rows that it is over"
         if _HOLDS[self.comparison](value, self.bound):
             return None
-        return f"{self.figure} is {value:.4f}, but must be {self.comparison} {self.bound:g}"
+        return f"{self.figure} is {value:g}, but must be {self.comparison} {self.bound:g}"
 
 
 def parse(text: str) -> Requirement:
