@@ -6,7 +6,7 @@ calibration never reads: what is tuned on is not reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeVar
@@ -67,14 +67,18 @@ class LongTextsConfig(_Config):
     """In characters."""
     documents: PositiveInt
     """Of each length."""
+    half: Half = "evaluation"
 
 
 class StreamsConfig(_Config):
     """Answers that are judged at the end of each sentence, ``limit`` of each class."""
 
     file: Path
-    first_harmful: Path
-    """Lines ``{"id", "first_harmful_end"}``: the offset after its first harmful sentence."""
+    first_harmful: Path | None = None
+    """Lines ``{"id", "first_harmful_end"}``: the offset after its first harmful sentence.
+
+    Harmful answers that are not in it are left out; without it, all are taken.
+    """
     half: Half = "evaluation"
     limit: PositiveInt
 
@@ -204,37 +208,48 @@ def _prompts(sets: Sequence[EvaluationSet], limit: int, seed: int) -> tuple[Exam
 
 
 def _read_long_texts(config: LongTextsConfig, directory: Path) -> LongTexts:
-    def texts(path: Path, rows: Sequence[Mapping[str, object]]) -> tuple[str, ...]:
-        found = [str(row.get("response") or row.get("prompt") or "").strip() for row in rows]
+    def texts(path: Path, unsafe: bool) -> tuple[str, ...]:
+        found = [
+            str(row.get("response") or row.get("prompt") or "").strip()
+            for _, row in read_rows(path)
+            if (row.get("unsafe") is True) == unsafe
+            and _is_reported(str(row.get("prompt")), config.half)
+        ]
         if not any(found):
             raise LabelError(f"{path} holds no text to make documents of")
         return tuple(text for text in found if text)
 
-    harmless, harmful = directory / config.harmless, directory / config.harmful
     return LongTexts(
-        texts(harmless, [row for _, row in read_rows(harmless) if row.get("unsafe") is not True]),
-        texts(harmful, [row for _, row in read_rows(harmful) if row.get("unsafe") is True]),
+        texts(directory / config.harmless, unsafe=False),
+        texts(directory / config.harmful, unsafe=True),
         config.lengths,
         config.documents,
     )
 
 
 def _read_streams(config: StreamsConfig, directory: Path, seed: int) -> tuple[Stream, ...]:
-    ends = _first_harmful_ends(directory / config.first_harmful)
     path = directory / config.file
     answers = [
         example
         for example in read_examples(path)
         if example.role == "response" and _is_reported(example.prompt, config.half)
     ]
-    try:
-        harmful = [stream(one, ends[one.id]) for one in answers if one.unsafe and one.id in ends]
-    except ValueError as error:
-        raise LabelError(f"{directory / config.first_harmful}: {error}") from error
+    harmful = [stream(one, None) for one in answers if one.unsafe and one.text]
     harmless = [stream(one, None) for one in answers if one.unsafe is False and one.text]
+    if config.first_harmful:
+        harmful = _located(harmful, directory / config.first_harmful)
     if not harmful:
-        raise LabelError(f"{path}: no harmful answer has its id in {config.first_harmful}")
+        raise LabelError(f"{path} holds no harmful answer that can be judged as a stream")
     return (*sample(harmful, config.limit, seed), *sample(harmless, config.limit, seed))
+
+
+def _located(streams: Sequence[Stream], path: Path) -> list[Stream]:
+    ends = _first_harmful_ends(path)
+    examples = [one.example for one in streams if one.example.id in ends]
+    try:
+        return [stream(one, ends[one.id]) for one in examples]
+    except ValueError as error:
+        raise LabelError(f"{path}: {error}") from error
 
 
 def _first_harmful_ends(path: Path) -> dict[str, int]:

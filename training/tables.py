@@ -179,8 +179,12 @@ def _streams(found: Report) -> Table:
         "f1": "F1, flagged anywhere",
         "f1_whole": "F1, flagged as a whole",
     }
-    rows = [(key, words, cell(found, key)) for key, words in says.items()]
-    title = f"Streams: {found['harmful']} harmful answers, {found['harmless']} harmless"
+    defined = {key: words for key, words in says.items() if found[key] is not None}
+    rows = [(key, words, cell(found, key)) for key, words in defined.items()]
+    title = (
+        f"Streams: {found['harmful']} harmful answers ({found['located']} with the place of the"
+        f" harm), {found['harmless']} harmless"
+    )
     return Table(title, ("figure", "answers", "value"), tuple(rows), words=2)
 
 

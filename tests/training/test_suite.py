@@ -126,6 +126,7 @@ def test_all_that_a_suite_asks_for_is_measured(data: Path) -> None:
             "harmful": "harmful.jsonl",
             "lengths": [100],
             "documents": 2,
+            "half": "whole",
         },
         streams={
             "file": "mixed.jsonl",
