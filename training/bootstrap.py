@@ -22,8 +22,8 @@ Measure = Callable[[Floats], Figures]
 """Figures of weights of shape (draws, rows): how often each row counts."""
 
 DRAWS: Final = 1000
-_BLOCK: Final = 100
-"""Draws measured at once. It bounds the memory that a large file takes."""
+_CELLS: Final = 500_000
+"""Weights held at once: draws times rows. It bounds the memory that a large file takes."""
 _BOUNDS: Final = (2.5, 97.5)
 
 
@@ -35,18 +35,20 @@ def resampled(
     ``clusters`` names each row's cluster. Rows of one cluster are drawn together, since they are
     not independent: the answers to one prompt.
     """
-    names, cluster_of = np.unique(np.array(clusters, np.str_), return_inverse=True)
-    if not len(names):
+    if not clusters:
         return measure(np.ones((1, 0)))
+    names = {name: number for number, name in enumerate(dict.fromkeys(clusters))}
+    cluster_of = np.array([names[name] for name in clusters])
     generator = np.random.default_rng(seed)
-    blocks = []
-    for start in range(0, draws, _BLOCK):
-        size = (min(_BLOCK, draws - start), len(names))
+    block = max(1, min(draws, _CELLS // len(clusters)))
+    blocks: list[Figures] = []
+    for start in range(0, draws, block):
+        size = (min(block, draws - start), len(names))
         chosen = generator.integers(len(names), size=size)
         times = np.zeros(size)
         np.add.at(times, (np.arange(size[0])[:, None], chosen), 1.0)
         blocks.append(measure(times[:, cluster_of]))
-    return {path: np.concatenate([block[path] for block in blocks]) for path in blocks[0]}
+    return {path: np.concatenate([one[path] for one in blocks]) for path in blocks[0]}
 
 
 def interval(values: Floats) -> tuple[float, float] | None:
