@@ -117,14 +117,15 @@ COMPILE_VLLM := UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compi
 	--no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
 
 constraints: $(VENV)/.dev
-	$(COMPILE) --python-version 3.11 --no-emit-package torch --extra train --extra dev \
+	$(COMPILE) --python-version 3.11 --no-emit-package torch \
+		--extra train --extra report --extra dev \
 		-o constraints/dev.txt $(PROJECT) constraints/torch.in
 	$(COMPILE) --python-version 3.11 -c constraints/dev.txt -o constraints/serve.txt $(PROJECT)
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --resolution lowest-direct \
 		--python-platform x86_64-manylinux_2_28 --no-emit-package torch \
-		--extra vllm --extra train --extra dev -o $(RANGE) $(PROJECT)
+		--extra vllm --extra train --extra report --extra dev -o $(RANGE) $(PROJECT)
 	$(COMPILE) --python-version 3.11 --no-emit-package torch --resolution lowest-direct \
-		--extra train --extra dev -c $(RANGE) \
+		--extra train --extra report --extra dev -c $(RANGE) \
 		-o constraints/oldest.txt $(PROJECT) constraints/torch.in
 	$(COMPILE) --python-version 3.12 -o constraints/helm.txt constraints/helm.in
 	$(COMPILE) --python-version 3.11 -o constraints/bench.txt constraints/bench.in

@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -131,32 +132,76 @@ def moderate(
 
 @eval_app.command("guard")
 def eval_guard(
-    data: Annotated[Path, typer.Option(help="JSON lines of labelled examples.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="JSON lines of labelled examples; repeatable.")
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(help="Suite file; without --data, the shipped one if unset.")
+    ] = None,
+    data_directory: Annotated[
+        Path, typer.Option(help="Where the files are that the suite names.")
+    ] = Path("data"),
     guard: GuardOption = None,
     as_json: JsonOption = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Directory for JSON, Markdown and plots (needs the extra 'report')."),
+    ] = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Time the guard here, too.")] = False,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Figure that must hold, such as f1>=0.8; else the exit status is 1."),
+    ] = None,
 ) -> None:
-    """Agreement of a guard with labelled examples."""
-    from training.evaluate import judge_examples, report
-    from training.labelled import LabelError, read_examples
+    """Agreement of a guard with labelled examples, of files or of a suite of them."""
+    from training.evaluate import evaluate
+    from training.labelled import LabelError
+    from training.recipe import RecipeError
+    from training.requirement import RequirementError, figures, parse
+    from training.suite import DEFAULT_SUITE, files_as_suite, read_suite
 
+    if data and suite:
+        _refuse("--data and --suite exclude each other")
     loaded = _load_guard(guard)
+    writer = report and _needs_extra(
+        lambda: __import__("training.report", fromlist=["write"]), "report"
+    )
     try:
-        examples = list(read_examples(data))
-    except LabelError as error:
+        requirements = [parse(one) for one in require or []]
+        read = files_as_suite(data) if data else read_suite(suite or DEFAULT_SUITE, data_directory)
+    except (LabelError, RecipeError, RequirementError) as error:
         _refuse(error)
-    if not examples:
-        _refuse(f"{data} holds no example")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("judging", total=len(examples))
-        verdicts = judge_examples(loaded, examples, lambda done: progress.advance(task, done))
-    result = report(examples, verdicts)
+    screen = Console(stderr=True)
+    with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
+
+        def bars(name: str, total: int) -> Callable[[int], None]:
+            task = progress.add_task(name, total=total)
+            return lambda done: progress.advance(task, done)
+
+        result = evaluate(loaded, read, bars, threads=_threads() if latency else None)
+    if writer:
+        try:
+            writer.write(result, report)
+        except OSError as error:
+            _refuse(f"{report} cannot be written: {error.strerror}")
+    if data and len(data) == 1:
+        (only,) = result["sets"].values()
+        flat = {"guard": result["guard"]} | only
+        flat |= {"latency": result["latency"]} if latency else {}
+    else:
+        flat = result
     if as_json:
-        print(json.dumps(result))
-        return
-    table = Table("figure", "value", title=f"{loaded.id} on {data.name}")
-    for key, value in result.items():
-        table.add_row(key, "—" if value is None else str(value))
-    Console().print(table)
+        print(json.dumps(flat))
+    else:
+        _print_tables(result, data)
+    try:
+        failures = [one.failure(figures(flat)) for one in requirements]
+    except RequirementError as error:
+        _refuse(error)
+    for failure in filter(None, failures):
+        print(f"sluicegate: {failure}", file=sys.stderr)
+    if any(failures):
+        raise typer.Exit(1)
 
 
 RecipeOption = Annotated[
@@ -220,6 +265,32 @@ def upstream_demo(
         print(demo.convert_smollm2(target))
     except demo.ConversionError as error:
         _refuse(error)
+
+
+def _print_tables(result: dict[str, Any], data: Sequence[Path] | None) -> None:
+    """Of one file all tables; of several those that stand beside each other."""
+    from training import tables
+
+    console = Console()
+    names = ", ".join(path.name for path in data) if data else f"the suite {result['suite']}"
+    console.print(Text(f"{result['guard']} on {names}", style="bold"))
+    console.print(Text(tables.NOTE, style="dim"))
+    shown = list(tables.suite_tables(result))
+    if len(result["sets"]) == 1:
+        ((name, report),) = result["sets"].items()
+        # What the table of sets and of means would say of one set, its own says.
+        shown = [*tables.set_tables(name, report), *shown[2 if result["means"] else 1 :]]
+    for one in shown:
+        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        for place, column in enumerate(one.columns):
+            side: Literal["left", "right"] = "left" if place < one.words else "right"
+            table.add_column(column, justify=side, overflow="fold")
+        for row in one.rows:
+            table.add_row(*map(Text, row))
+        console.print(Text(f"\n{one.title}", style="bold"))
+        console.print(table)
+        if one.note:
+            console.print(Text(f"  {one.note}", style="dim"))
 
 
 def _moderate_lines(guard: TextGuard, as_json: bool) -> None:
@@ -307,16 +378,20 @@ def _load_guard(directory: Path | None) -> TextGuard:
     from models.text_guard import TextGuard
 
     try:
-        return TextGuard(directory or DEFAULT_GUARD, threads=len(os.sched_getaffinity(0)))
+        return TextGuard(directory or DEFAULT_GUARD, threads=_threads())
     except CheckpointError as error:
         _refuse(error)
 
 
-def _needs_extra(load: Callable[[], Any]) -> Any:
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _needs_extra(load: Callable[[], Any], extra: str = "train") -> Any:
     try:
         return load()
     except ModuleNotFoundError as error:
-        _refuse(f"{error.name} is not installed: pip install 'sluicegate[train]'")
+        _refuse(f"{error.name} is not installed: pip install 'sluicegate[{extra}]'")
 
 
 def _refuse(error: Exception | str) -> NoReturn:

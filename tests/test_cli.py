@@ -210,6 +210,75 @@ class TestEvaluate:
         assert shown["language"] == {"en": 2, "de": 1}
         assert shown["f1"] is None or 0 <= shown["f1"] <= 1
         assert {"precision", "recall", "fpr", "severity_qwk", "category_micro_f1"} <= shown.keys()
+        assert shown["intervals"].keys() >= {"f1", "auprc", "severity_qwk"}
+        assert shown["by_language"]["de"]["n"] == 1
+        assert shown["guard"] == TINY
+
+    def test_several_files_have_an_object_each(self, guard: Path, data: Path) -> None:
+        other = data.with_name("other.jsonl")
+        other.write_text(json.dumps(EXAMPLE | {"unsafe": True}))
+        files: list[str | Path] = ["--data", data, "--data", other]
+        (shown,) = objects(run("eval", "guard", *files, "--guard", guard, "--json", "--latency"))
+        assert {name: one["n"] for name, one in shown["sets"].items()} == {"data": 3, "other": 1}
+        assert shown["means"]["prompt_f1"] == shown["sets"]["other"]["f1"]
+        assert shown["latency"]["machine"]["cores"] >= 1
+
+    def test_a_suite_names_its_files_within_a_directory(self, guard: Path, data: Path) -> None:
+        suite = data.with_name("suite.yaml")
+        sets = "[{name: ours, file: data.jsonl, group: prompt, half: whole, role: prompt}]"
+        suite.write_text(f"name: mine\nsets: {sets}\nrobustness: {{limit: 2}}\n")
+        place: list[str | Path] = ["--suite", suite, "--data-directory", data.parent]
+        (shown,) = objects(run("eval", "guard", *place, "--guard", guard, "--json"))
+        assert shown["sets"]["ours"]["n"] == 2
+        assert shown["robustness"]["n"] == 2
+        table = run("eval", "guard", *place, "--guard", guard).stdout
+        assert f"{TINY} on the suite mine" in table
+        assert "zero_width" in table
+
+    def test_without_files_the_shipped_suite_is_taken(self, guard: Path, tmp_path: Path) -> None:
+        message = refused("eval", "guard", "--guard", guard, "--data-directory", tmp_path)
+        assert f"{tmp_path}/annotated/severity_dev.jsonl cannot be read" in message
+
+    def test_files_and_a_suite_exclude_each_other(self, data: Path) -> None:
+        assert "exclude" in refused("eval", "guard", "--data", data, "--suite", data)
+
+    def test_a_faulty_suite_is_refused_by_its_key(self, guard: Path, data: Path) -> None:
+        suite = data.with_name("suite.yaml")
+        suite.write_text("name: mine\nsets: []\n")
+        message = refused("eval", "guard", "--suite", suite, "--guard", guard)
+        assert "suite.yaml: sets" in message
+
+    def test_a_report_is_written(self, guard: Path, data: Path, tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+        place: list[str | Path] = ["--data", data, "--guard", guard, "--report"]
+        assert run("eval", "guard", *place, tmp_path / "report").exit_code == 0
+        written = {path.name for path in (tmp_path / "report").iterdir()}
+        assert {"report.json", "report.md", "sets.png"} <= written
+        (tmp_path / "file").write_text("")
+        message = refused("eval", "guard", *place, tmp_path / "file")
+        assert "file cannot be written" in message
+
+    def test_what_is_required_and_holds_is_not_spoken_of(self, guard: Path, data: Path) -> None:
+        holds = ["--require", "n>=3", "--require", "ece<=1"]
+        result = run("eval", "guard", "--data", data, "--guard", guard, *holds)
+        assert (result.exit_code, result.stderr) == (0, "")
+
+    def test_each_figure_that_fails_is_named(self, guard: Path, data: Path) -> None:
+        wanted = ["--require", "n>=4", "--require", "ece>1", "--require", "n>=1"]
+        result = run("eval", "guard", "--data", data, "--guard", guard, "--json", *wanted)
+        assert result.exit_code == 1
+        first, second = result.stderr.splitlines()
+        assert first == "sluicegate: n is 3, but must be >= 4"
+        assert re.fullmatch(r"sluicegate: ece is 0\.\d+, but must be > 1", second)
+        assert json.loads(result.stdout)["n"] == 3
+
+    @pytest.mark.parametrize("requirement", ["f1", "f3>=0.8"])
+    def test_a_requirement_that_means_nothing_is_refused(
+        self, guard: Path, data: Path, requirement: str
+    ) -> None:
+        result = run("eval", "guard", "--data", data, "--guard", guard, "--require", requirement)
+        assert result.exit_code == 2
+        assert "sluicegate: " in result.stderr
 
     def test_the_table_names_the_guard_and_the_data(self, guard: Path, data: Path) -> None:
         result = run("eval", "guard", "--data", data, "--guard", guard)
@@ -363,6 +432,14 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setitem(sys.modules, "training.guard", None)
     message = refused("train", "guard", "--config", tmp_path, "--output", tmp_path)
     assert "pip install 'sluicegate[train]'" in message
+
+
+def test_a_report_without_its_extra_is_refused_before_anything_is_judged(
+    monkeypatch: pytest.MonkeyPatch, guard: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "training.report", None)
+    message = refused("eval", "guard", "--data", "x", "--guard", guard, "--report", tmp_path)
+    assert "pip install 'sluicegate[report]'" in message
 
 
 @pytest.mark.parametrize("verb", [[], ["eval"], ["train"], ["policy"], ["upstream"]])

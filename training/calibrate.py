@@ -82,8 +82,8 @@ def best_cut_of_sets(sets: Sequence[tuple[Floats, Booleans, float]]) -> float:
         for values, truth, weight in sets:
             if len(truth):
                 flagged = values >= cut
-                f1 = scores.f1(truth, flagged) if truth.any() else 1 - float(flagged.mean())
-                total += weight * (f1 or 0.0)
+                f1 = scores.f1(truth, flagged) if truth.any() else 1 - flagged.mean()
+                total += weight * float(f1 or 0.0)
                 weights += weight
         return total / weights if weights else 0.0
 
@@ -116,8 +116,8 @@ def severity_cuts(rows: CalibrationRows, unsafe: float) -> tuple[float, float]:
         at_least_three = at_least_two & (logits[:, 2] >= severe)
         level = np.array([flagged, at_least_two, at_least_three]).sum(axis=0)
         found = scores.severity(truth, np.asarray(level, np.int64))
-        kappa, f1 = found["severity_qwk_unsafe"], found["severity_macro_f1_unsafe"]
-        value = (kappa or 0.0) + (f1 or 0.0)
+        parts = (found["severity_qwk_unsafe"], found["severity_macro_f1_unsafe"])
+        value = sum(scores.number(part[0]) or 0.0 for part in parts)
         if value > best:
             best, cuts = value, (moderate, severe)
     return cuts

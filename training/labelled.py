@@ -48,6 +48,8 @@ class Example(BaseModel):
     """In the source's own names."""
     pku_categories: tuple[str, ...] | None = None
     refusal: bool | None = None
+    first_harmful_end: int | None = Field(default=None, ge=1)
+    """Offset in a harmful response just after the sentence in which its harm begins."""
     lang: str = "en"
     turns: tuple[PastTurn, ...] = ()
 
@@ -64,6 +66,11 @@ class Example(BaseModel):
         for name in self.pku_categories or ():
             if name not in CATEGORIES:
                 raise ValueError(f"pku_categories: {name!r} is not one of the 19 categories")
+        if self.first_harmful_end is not None:
+            if not self.unsafe or self.response is None:
+                raise ValueError("first_harmful_end is set, but the row is no harmful response")
+            if self.first_harmful_end > len(self.response):
+                raise ValueError("first_harmful_end lies beyond the response")
         if self.pku_categories and self.unsafe is False:
             raise ValueError("unsafe is false, but pku_categories is not empty")
         return self
@@ -101,6 +108,13 @@ _PROVENANCE = frozenset(
         "source_unsafe",
     }
 )
+
+
+def data_file(directory: Path, name: str | Path) -> Path:
+    """``name`` in the data directory or, where it is not there, among the project's own files."""
+    own = Path(__file__).parent / name
+    path = directory / name
+    return own if own.exists() and not path.exists() else path
 
 
 def read_examples(path: Path) -> Iterator[Example]:

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from training import signals
-from training.labelled import Example, LabelError, read_examples, read_rows
+from training.labelled import Example, LabelError, data_file, read_examples, read_rows
 from training.overlap import Fingerprint, OverlapIndex, fingerprint, read_hashes
 from training.published import Dropped, Schema, read_published
 from training.signals import Signals
@@ -27,9 +27,6 @@ from training.split import digest, normal, position
 _NEAR: Final = 0.9
 """Rows that share more of their 5-grams, both ways, and their labels are one row."""
 
-_OWN: Final = Path(__file__).parent
-"""Holds ``written/``, the examples that belong to the project."""
-
 
 class Source(BaseModel):
     """One file of a mix."""
@@ -37,7 +34,7 @@ class Source(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: str
-    """Relative to the data directory or, where it is not there, to this package."""
+    """See ``labelled.data_file``."""
     kind: Literal["labelled", "instructions", "pku_saferlhf", "beavertails", "beavertails_v"] = (
         "labelled"
     )
@@ -235,10 +232,7 @@ def _of_one_mind(rows: list[Row], dropped: Counter[str]) -> list[Row]:
 
 
 def _rows(directory: Path, source: Source, dropped: Counter[str]) -> Iterator[Row]:
-    path = directory / source.file
-    if not path.exists() and (_OWN / source.file).exists():
-        path = _OWN / source.file
-    for example in _read(path, source.kind):
+    for example in _read(data_file(directory, source.file), source.kind):
         if isinstance(example, Dropped):
             dropped[example.reason] += 1
             continue

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Final
 
 import numpy as np
-from numpy.random import Generator
 from numpy.typing import NDArray
 
 from models.calibration import Calibration
@@ -17,6 +16,7 @@ from models.inputs import GuardInput, Turn, Window, Windows
 from models.taxonomy import ROLES, Role
 from training import calibrate, signals
 from training.calibrate import CalibrationRows
+from training.documents import document
 from training.guard_recipe import GuardConfig
 from training.labelled import read_examples
 from training.mix import Mix, Row, everyday_exchanges
@@ -99,15 +99,15 @@ def _window_slope(
     prepare: Prepare,
     score: Score,
 ) -> float:
-    exchanges = everyday_exchanges(config.data, config.mixes, mix)
-    if not exchanges:
+    answers = [answer for _, answer in everyday_exchanges(config.data, config.mixes, mix)]
+    if not answers:
         return 0.0
     generator = np.random.default_rng(config.seed)
     odds, windows = [], []
     for characters, count, _ in DOCUMENTS:
-        texts = joined(exchanges, characters, generator)
+        context = () if role == "prompt" else (Turn("user", "Go on."),)
         items = [
-            GuardInput(role, next(texts), () if role == "prompt" else (Turn("user", "Go on."),))
+            GuardInput(role, document(answers, characters, generator), context)
             for _ in range(count)
         ]
         pooled = pool(prepare, score, items)
@@ -115,14 +115,3 @@ def _window_slope(
         odds.append(logits * calibration.scale[0] + calibration.bias[0])
         windows.append(pooled.windows)
     return calibrate.window_slope(odds, windows, [most for _, _, most in DOCUMENTS])
-
-
-def joined(
-    exchanges: Sequence[tuple[str, str]], characters: int, generator: Generator
-) -> Iterator[str]:
-    """Endless texts of ``characters``, each of answers drawn at random."""
-    while True:
-        text = ""
-        while len(text) < characters:
-            text += exchanges[int(generator.integers(len(exchanges)))][1] + "\n\n"
-        yield text[:characters]

@@ -1,9 +1,9 @@
 """What a guard will be asked about, made from whole examples.
 
 Two kinds. *Excerpts* are new rows: beginnings of answers as a stream shows them, and pieces of
-long texts as windows show them. Of a harmless text every piece is harmless; of a harmful one
-nobody says where the harm stands, so its pieces carry no label but a teacher's, and a beginning
-is harmful only from where the teacher sees harm. *Views* are other ways in which the same text
+long texts as windows show them. Of a harmless text every piece is harmless. A beginning of a
+harmful one is harmful from where its harm stands: where that is not marked, its pieces carry no
+label but a teacher's. *Views* are other ways in which the same text
 arrives, drawn anew each epoch, with the text's own labels: written to deceive a filter, in the
 middle of a longer text, after other turns, as a field of a request, or under a jailbreak's frame.
 """
@@ -19,6 +19,7 @@ from numpy.random import Generator
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.taxonomy import SIGNALS
+from training.documents import document
 from training.labelled import Example, PastTurn
 from training.mix import Row
 from training.obfuscation import OBFUSCATIONS
@@ -29,6 +30,7 @@ _INJECTION: Final = SIGNALS.index("injection")
 _LONGEST_FRAME: Final = 700
 """Characters of a jailbreak's frame: with a longer one the first window would miss the text."""
 _LONGEST_EMBEDDED: Final = 700
+_SHORTEST_BEGINNING: Final = 15
 _PIECE_CHARACTERS: Final = 900
 """About a window."""
 _GOAL_MARK: Final = "[INSERT PROMPT HERE]"
@@ -97,42 +99,51 @@ def excerpts(
     result: list[Row] = []
     for row in rows:
         example = row.example
-        pieces: list[str] = []
         if example.response is not None:
-            ends = [end for end in sentence_ends(example.response) if end > 15]
-            if len(ends) > 1:
-                chosen = generator.permutation(len(ends) - 1)[:most_a_row]
-                pieces = [example.response[: ends[index]] for index in sorted(chosen)]
+            ends = [end for end in sentence_ends(example.response) if end > _SHORTEST_BEGINNING]
+            # Where the harm is marked, both sides of the mark are worth more than the rest.
+            most = most_a_row if example.first_harmful_end is None else 2 * most_a_row
+            chosen = sorted(generator.permutation(max(len(ends) - 1, 0))[:most])
+            result += [_beginning(row, ends[place], number) for number, place in enumerate(chosen)]
         if len(example.text) > 1.5 * _PIECE_CHARACTERS:
-            pieces.append(_piece(example.text, generator))
-        result += [_excerpt(row, piece, number) for number, piece in enumerate(pieces)]
+            result.append(_excerpt(row, _piece(example.text, generator), len(result)))
     exchanges = Surroundings.of(rows).exchanges
     if exchanges:
         result += [_document(exchanges, number, generator) for number in range(documents)]
     return result
 
 
+def _beginning(row: Row, end: int, number: int) -> Row:
+    """The answer up to ``end``: harmful from where its harm is marked, harmless before."""
+    example = row.example
+    first = example.first_harmful_end
+    if first is None or example.response is None:
+        return _excerpt(row, example.text[:end], number)
+    if end >= first:
+        labels: dict[str, Any] = {}
+    else:
+        labels = {"unsafe": False, "severity": 0, "pku_categories": (), "first_harmful_end": None}
+    labels |= {"response": example.response[:end], "id": f"{example.id}-excerpt-{number}"}
+    return Row(example.model_copy(update=labels), _without_refusal(row.signals), row.weight)
+
+
 def _excerpt(row: Row, text: str, number: int) -> Row:
     example = row.example
     field = "prompt" if example.response is None else "response"
     changed: dict[str, Any] = {field: text, "id": f"{example.id}-excerpt-{number}"}
+    signals = row.signals
     if example.unsafe:
         changed |= {"unsafe": None, "severity": None, "pku_categories": None}
+        signals = (None,) * len(SIGNALS)
     if example.refusal:
         # A refusal stands at the start; what begins as one may go on otherwise.
         changed["refusal"] = None
-    signals = row.signals if example.unsafe is False else (None,) * len(SIGNALS)
-    return Row(
-        example.model_copy(update=changed),
-        _with_refusal(signals, changed),
-        row.weight,
-        needs_teacher=row.needs_teacher or bool(example.unsafe),
-    )
+        signals = _without_refusal(signals)
+    needs_teacher = row.needs_teacher or bool(example.unsafe)
+    return Row(example.model_copy(update=changed), signals, row.weight, needs_teacher=needs_teacher)
 
 
-def _with_refusal(signals: Signals, changed: dict[str, Any]) -> Signals:
-    if "refusal" not in changed:
-        return signals
+def _without_refusal(signals: Signals) -> Signals:
     place = SIGNALS.index("refusal")
     return (*signals[:place], None, *signals[place + 1 :])
 
@@ -146,10 +157,8 @@ def _piece(text: str, generator: Generator) -> str:
 
 
 def _document(exchanges: Sequence[tuple[str, str]], number: int, generator: Generator) -> Row:
-    joined = ""
-    while len(joined) < 2 * _PIECE_CHARACTERS:
-        joined += "\n\n" * bool(joined) + exchanges[int(generator.integers(len(exchanges)))][1]
-    text = _piece(joined, generator)
+    answers = [answer for _, answer in exchanges]
+    text = _piece(document(answers, 2 * _PIECE_CHARACTERS, generator), generator)
     labels: dict[str, Any] = {"unsafe": False, "severity": 0, "pku_categories": ()}
     labels |= {"id": f"joined-{number}", "source": "joined_answers"}
     if number % 2:

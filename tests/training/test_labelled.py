@@ -45,6 +45,11 @@ def test_a_prompt_stands_alone(tmp_path: Path) -> None:
         (PROMPT | {"severity": 0, "unsafe": True}, "unsafe is True, but severity is 0"),
         (PROMPT | {"pku_categories": ["theft"]}, "'theft' is not one of the 19"),
         (PROMPT | {"unsafe": False, "pku_categories": ["drugs"]}, "pku_categories is not empty"),
+        (PROMPT | {"unsafe": True, "first_harmful_end": 3}, "the row is no harmful response"),
+        (
+            RESPONSE | {"unsafe": True, "severity": 1, "first_harmful_end": 900},
+            "first_harmful_end lies beyond the response",
+        ),
     ],
 )
 def test_a_faulty_row_is_named_by_its_line(tmp_path: Path, row: dict[str, Any], fault: str) -> None:

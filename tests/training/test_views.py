@@ -104,6 +104,21 @@ class TestExcerpts:
             assert row.example.pku_categories is None
             assert row.signals == UNKNOWN
 
+    def test_where_the_harm_is_marked_a_beginning_is_harmful_from_there_on(self) -> None:
+        row = answer(
+            unsafe=True,
+            severity=2,
+            pku_categories=["violence"],
+            first_harmful_end=ANSWER.index(" And now"),
+        )
+        before, after = self.texts(row)
+        assert (before.example.unsafe, before.example.severity) == (False, 0)
+        assert before.example.pku_categories == ()
+        assert (after.example.unsafe, after.example.severity) == (True, 2)
+        assert after.example.pku_categories == ("violence",)
+        assert not before.needs_teacher
+        assert not after.needs_teacher
+
     def test_what_begins_as_a_refusal_may_go_on_otherwise(self) -> None:
         found = self.texts(answer(refusal=True))
         assert [row.example.refusal for row in found] == [None, None]
