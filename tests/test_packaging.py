@@ -80,6 +80,7 @@ def test_the_declared_ranges_hold_both_ends(constraints: str) -> None:
     lines = list(PROJECT["dependencies"])
     if constraints != "serve":
         lines += PROJECT["optional-dependencies"]["train"]
+        lines += PROJECT["optional-dependencies"]["report"]
 
     for requirement in map(Requirement, lines):
         name = canonicalize_name(requirement.name)

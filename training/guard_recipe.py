@@ -98,8 +98,22 @@ class TrainingRows:
     """What a recipe trains on: whole examples, excerpts, and what may stand around them."""
 
     mix: Mix
-    rows: tuple[Row, ...]
+    excerpts: tuple[Row, ...]
     around: Surroundings
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All of them."""
+        return (*self.mix.fit, *self.excerpts)
+
+    def questions(self) -> list[Row]:
+        """The rows that a teacher is asked about, those first that only it labels.
+
+        What is plainly harmless, or a piece of what is harmless, leaves nothing to ask.
+        """
+        whole = [row for row in self.mix.fit if not row.everyday]
+        pieces = [row for row in self.excerpts if row.needs_teacher]
+        return sorted([*whole, *pieces], key=lambda row: not row.needs_teacher)
 
 
 def training_rows(config: GuardConfig) -> TrainingRows:
@@ -107,4 +121,4 @@ def training_rows(config: GuardConfig) -> TrainingRows:
     mix = build(config.data, config.mixes, config.held_out_share, config.seed)
     generator = np.random.default_rng(config.seed)
     extra = excerpts(mix.fit, config.excerpts_a_row, config.documents, generator)
-    return TrainingRows(mix, (*mix.fit, *extra), Surroundings.of(mix.fit))
+    return TrainingRows(mix, tuple(extra), Surroundings.of(mix.fit))

@@ -36,6 +36,7 @@ def test_rows_are_scored_once_and_the_student_reads_them(
     path = tmp_path / "scores" / teacher.SCORES
     student = recipe.model_copy(update={"teacher_scores": path})
     rows = training_rows(student)
+    assert {row.key for row in rows.questions()} == set(teacher_scores.read(path))
     epochs = Epochs(student, rows, InputEncoder(fitting.base_tokenizer(str(base))))
     _, batch = next(epochs.batches(0))
     assert not torch.isnan(batch.teacher).any()
