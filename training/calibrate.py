@@ -23,7 +23,10 @@ Booleans = NDArray[np.bool_]
 
 _FEWEST: Final = 25
 """A column with fewer positives or negatives keeps the network's own scale."""
-_STEEPEST_SLOPE: Final = 2.0
+_STEEPEST_SLOPE: Final = 1.0
+"""That of a Bonferroni correction: a steeper one would let single harmful passages go."""
+_FEWEST_WINDOWS: Final = 4
+"""The slope of shorter texts is noise: the logarithm of their windows is small."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,7 @@ def window_slope(
     """
     slope = 0.0
     for odds, counts, share in zip(log_odds, windows, most, strict=True):
-        long = counts > 1
+        long = counts >= _FEWEST_WINDOWS
         if not long.any():
             continue
         # The slope at which each text would just be flagged; all but ``share`` must lie below.

@@ -27,8 +27,8 @@ Score = Callable[[Sequence[Window]], Logits]
 Prepare = Callable[[GuardInput], Windows]
 
 # Characters of long harmless texts, how many of each, and the share that may be flagged: a little
-# under what is aimed at (2%, 3%, 5%).
-DOCUMENTS: Final = ((1_000, 200, 0.01), (8_000, 80, 0.02), (100_000, 12, 0.04))
+# under what is aimed at (3%, 5%).
+DOCUMENTS: Final = ((8_000, 80, 0.02), (100_000, 12, 0.04))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,11 +41,11 @@ class ViewShares(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    obfuscated: float = Field(default=0.12, ge=0, le=1)
-    embedded: float = Field(default=0.08, ge=0, le=1)
-    turns: float = Field(default=0.08, ge=0, le=1)
-    field: float = Field(default=0.06, ge=0, le=1)
-    framed: float = Field(default=0.03, ge=0, le=1)
+    obfuscated: float = Field(default=0.08, ge=0, le=1)
+    embedded: float = Field(default=0.05, ge=0, le=1)
+    turns: float = Field(default=0.05, ge=0, le=1)
+    field: float = Field(default=0.04, ge=0, le=1)
+    framed: float = Field(default=0.02, ge=0, le=1)
     """Prompts only."""
 
 

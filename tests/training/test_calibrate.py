@@ -88,7 +88,7 @@ def test_too_few_graded_rows_leave_the_severity_cuts_alone() -> None:
         ([-3.0, -2.0, -1.0, -0.5], 0.0, 0.0),
         ([-3.0, -2.0, -1.0, 2.0], 0.0, 2.0 / np.log(10)),
         ([-3.0, -2.0, -1.0, 2.0], 0.25, 0.0),
-        ([-3.0, -2.0, -1.0, 9.0], 0.0, 2.0),
+        ([-3.0, -2.0, -1.0, 9.0], 0.0, 1.0),
     ],
     ids=["none flagged", "one flagged", "one may be", "bounded"],
 )
@@ -97,3 +97,7 @@ def test_the_window_slope_is_the_least_that_leaves_long_harmless_texts_alone(
 ) -> None:
     slope = window_slope([np.array(odds)], [np.full(4, 10)], [most])
     assert slope == pytest.approx(expected, abs=1e-4)
+
+
+def test_texts_of_few_windows_do_not_set_the_slope() -> None:
+    assert window_slope([np.array([2.0])], [np.array([2])], [0.0]) == 0.0
