@@ -7,7 +7,8 @@ A window is ``[CLS] context [SEP] role target [SEP]`` (the special tokens are th
 where ``role`` is the word *prompt* or *response*; a line break stands where the tokenizer puts no
 special token between two texts, or none after. The context is the turns before the target,
 oldest first; it is cut from its far end to ``CONTEXT_TOKENS``. A target that does not fit is
-split into windows that overlap, so that all of it is judged.
+split into windows that overlap, so that all of it is judged. A text whose words are hidden from
+filters (``disguise``) is judged as it stands and by what it says.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from typing import Final, Literal
 
 from tokenizers import Encoding, Tokenizer
 
+from models.disguise import revealed
 from models.taxonomy import ROLES, Role
 from models.verdict import Coverage
 
-VERSION: Final = 1
+VERSION: Final = 2
 WINDOW_TOKENS: Final = 256
 CONTEXT_TOKENS: Final = 96
 OVERLAP_TOKENS: Final = 32
@@ -78,6 +80,27 @@ class Windows:
     coverage: Coverage
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What stands around a piece of the target in each of its windows."""
+
+    head: list[int]
+    context_length: int
+    role: list[int]
+    after: tuple[int, ...]
+
+    def around(self, ids: Sequence[int]) -> tuple[Window, ...]:
+        """Windows that cover ``ids``."""
+        room = WINDOW_TOKENS - len(self.head) - len(self.role) - len(self.after)
+        return tuple(
+            Window(
+                (*self.head, *self.role, *ids[start : start + room], *self.after),
+                self.context_length,
+            )
+            for start in _starts(len(ids), room)
+        )
+
+
 class InputEncoder:
     """Turns inputs into windows with one tokenizer. Safe to call from several threads."""
 
@@ -101,25 +124,23 @@ class InputEncoder:
         self._unknown_id = next((token for token in ids if token is not None), None)
 
     def encode(self, item: GuardInput) -> Windows:
-        """Windows of ``item``; at least one, each at most ``WINDOW_TOKENS`` long."""
+        """Windows of ``item``; at least one, each at most ``WINDOW_TOKENS`` long.
+
+        Where words are hidden from filters, windows of what they say follow those of the text.
+        """
         context = self._context(item.context)
-        target = self._encode(_LONG_RUN.sub(_broken, item.text))
         if context:
             before, between, after = self._paired
             head = [*before, *context, *between]
         else:
             before, after = self._alone
             head = list(before)
-        role = self._roles[item.role]
-        room = WINDOW_TOKENS - len(head) - len(role) - len(after)
-        ids = target.ids
-        windows = tuple(
-            Window(
-                (*head, *role, *ids[start : start + room], *after),
-                len(head) if context else 0,
-            )
-            for start in _starts(len(ids), room)
-        )
+        frame = _Frame(head, len(head) if context else 0, self._roles[item.role], after)
+        target = self._encode(_LONG_RUN.sub(_broken, item.text))
+        windows = frame.around(target.ids)
+        shown = revealed(item.text)
+        if shown is not None:
+            windows += frame.around(self._encode(_LONG_RUN.sub(_broken, shown)).ids)
         total = len(item.text)
         judged = max(total - self._unknown_characters(target), 0)
         return Windows(windows, Coverage(judged, total, len(windows)))

@@ -42,6 +42,16 @@ def test_a_response_stands_behind_the_turn_that_it_answers() -> None:
     assert window.context_length == text.split().index("response")
 
 
+def test_a_text_that_hides_its_words_is_judged_by_what_it_says_too() -> None:
+    hidden = "\u200b".join("w3") + " " + words(4)
+    encoded = ENCODER.encode(GuardInput("response", hidden, (Turn("user", words(1)),)))
+    raw, shown = (decoded(window.token_ids) for window in encoded.windows)
+    assert "w3 w4" not in raw
+    assert shown == "[CLS] user : w1 [SEP] response w3 w4 [SEP]"
+    assert encoded.coverage.windows == 2
+    assert encoded.coverage.characters_total == len(hidden)
+
+
 def test_context_is_cut_from_its_far_end() -> None:
     turns = (Turn("user", words(*range(50))), Turn("assistant", words(*range(50, 140))))
     (window,) = ENCODER.encode(GuardInput("response", "w7", turns)).windows
