@@ -284,7 +284,9 @@ def _print_tables(result: dict[str, Any], data: Sequence[Path] | None) -> None:
         table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
         for place, column in enumerate(one.columns):
             side: Literal["left", "right"] = "left" if place < one.words else "right"
-            table.add_column(column, justify=side, overflow="fold")
+            # Names are broken last: figures with their intervals may stand on two lines.
+            widest = max((len(row[place]) for row in one.rows), default=0) if not place else 0
+            table.add_column(column, justify=side, overflow="fold", min_width=min(widest, 24))
         for row in one.rows:
             table.add_row(*map(Text, row))
         console.print(Text(f"\n{one.title}", style="bold"))
