@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import service.server
-from models import checkpoint
+from models import checkpoint, inputs
 from models.taxonomy import CATEGORIES, Severity
 from sluicegate import app
 from tests.checkpoints import TINY, tiny_checkpoint
@@ -174,7 +174,8 @@ class TestGuards:
 
     def test_one_of_another_build(self, broken: Path) -> None:
         card = broken / checkpoint.CARD
-        card.write_text(card.read_text().replace('"input_version": 1', '"input_version": 99'))
+        ours = f'"input_version": {inputs.VERSION}'
+        card.write_text(card.read_text().replace(ours, '"input_version": 99'))
         assert "input_version is 99" in refused("moderate", "--guard", broken, "a")
 
     def test_one_that_does_not_reproduce_its_golden_texts_is_not_served(

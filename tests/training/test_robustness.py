@@ -20,7 +20,7 @@ def test_changes_are_against_the_plain_text() -> None:
     assert found["typos"]["intervals"]["recall_change"] == pytest.approx((-1.0, 0.0))
 
 
-def test_each_obfuscation_hides_words_from_a_guard_that_knows_them_by_letter() -> None:
+def test_each_obfuscation_is_judged_by_a_guard_that_knows_words_by_letter() -> None:
     examples = [
         Example(id="1", source="s", role="prompt", prompt="severe-violence now", unsafe=True),
         Example(id="2", source="s", role="prompt", prompt="the weather", unsafe=False),
@@ -29,5 +29,7 @@ def test_each_obfuscation_hides_words_from_a_guard_that_knows_them_by_letter() -
     found = measure_robustness(WordGuard(), examples, done.append)
     assert found.keys() == {"n", "unsafe", "plain", *OBFUSCATIONS}
     assert found["plain"]["recall"] == 1.0
-    assert found["base64"]["recall_change"] == -1.0
+    # What base64 hides is revealed; a letter that is doubled or dropped is not.
+    assert found["base64"]["recall_change"] == 0.0
+    assert found["typos"]["recall_change"] == -1.0
     assert sum(done) == judgements(examples)
