@@ -108,7 +108,7 @@ def started(
     pinned = ["taskset", "-c", str(core)] if core is not None else []
     inherited = {key: value for key, value in os.environ.items() if "SLUICEGATE" not in key}
     with log.open("ab") as output:
-        process = subprocess.Popen(  # noqa: S603 - programs of ours
+        process = subprocess.Popen(  # noqa: S603 - runs what a benchmark names, never input
             [*pinned, *map(str, arguments)],
             cwd=ROOT,
             env={**inherited, **(environment or {})},

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import random
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from rich.table import Table
 
 from benchmarks import measure
@@ -104,13 +104,13 @@ async def compare(options: argparse.Namespace) -> None:
 
 def texts_of(guard: TextGuard, tokens: int, count: int) -> list[str]:
     """Different texts that are windows of ``tokens`` tokens each, special tokens included."""
-    generator = random.Random(1)  # noqa: S311 - the same texts each time
+    generator = np.random.default_rng(1)
     vocabulary = _TEXT.split()
     texts = []
     for _ in range(count):
         words: list[str] = []
         while len(guard.prepare(GuardInput("prompt", " ".join(words))).windows[0]) < tokens:
-            words.append(generator.choice(vocabulary))
+            words.append(str(generator.choice(vocabulary)))
         texts.append(" ".join(words))
     return texts
 
@@ -162,7 +162,7 @@ def save_classifier(guard: Path, directory: Path) -> Path:
     classifier.save_pretrained(directory)
     PreTrainedTokenizerFast(
         tokenizer_file=str(guard / TOKENIZER),
-        pad_token="[PAD]",  # noqa: S106 - a symbol, no password
+        pad_token="[PAD]",  # noqa: S106 - the tokenizer's padding symbol, no password
         model_max_length=512,
     ).save_pretrained(directory)
     return directory

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any, Final
 
@@ -96,11 +96,12 @@ def _memory(process_id: int) -> tuple[float, float]:
 
 def moderate(port: int, texts: list[str]) -> list[Any]:
     """The results of one request."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/moderations", json.dumps({"input": texts}).encode()
-    )
-    with urllib.request.urlopen(request, timeout=600) as answer:  # noqa: S310 - our own address
-        results: list[Any] = json.load(answer)["results"]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    try:
+        connection.request("POST", "/v1/moderations", json.dumps({"input": texts}))
+        results: list[Any] = json.load(connection.getresponse())["results"]
+    finally:
+        connection.close()
     return results
 
 

@@ -7,7 +7,7 @@ them in turn for a list of inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -65,15 +65,25 @@ def pack(lengths: Sequence[int], token_budget: int = TOKEN_BUDGET) -> Iterator[l
         yield batch
 
 
+def score_all(
+    score: Callable[[Sequence[Window]], Logits],
+    windows: Sequence[Window],
+    token_budget: int = TOKEN_BUDGET,
+) -> Logits:
+    """Logits of all windows in their order, shape (n, ``COLUMNS``), scored in packed batches."""
+    logits = np.empty((len(windows), COLUMNS), np.float32)
+    for rows in pack([len(window) for window in windows], token_budget):
+        logits[rows] = score([windows[row] for row in rows])
+    return logits
+
+
 def judge(
     guard: Guard, items: Sequence[GuardInput], token_budget: int = TOKEN_BUDGET
 ) -> list[Verdict]:
     """Verdicts on ``items``, in their order; blocks until all are judged."""
     prepared = [guard.prepare(item) for item in items]
     windows = [window for one in prepared for window in one.windows]
-    logits = np.empty((len(windows), COLUMNS), np.float32)
-    for rows in pack([len(window) for window in windows], token_budget):
-        logits[rows] = guard.score([windows[row] for row in rows])
+    logits = score_all(guard.score, windows, token_budget)
     verdicts = []
     start = 0
     for item, one in zip(items, prepared, strict=True):

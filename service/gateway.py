@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import random
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -351,8 +351,7 @@ def instruction(because: Decision) -> str:
 def _seed(exchange: Exchange, attempt: int) -> int:
     """Another seed for each attempt; reproducible where the client gave one."""
     given = exchange.body.get("seed")
-    # Sampling, not secrets.
-    start = given if type(given) is int else random.randrange(_SEEDS)  # noqa: S311 - sampling
+    start = given if type(given) is int else secrets.randbelow(_SEEDS)
     return (start + attempt - 1) % _SEEDS
 
 

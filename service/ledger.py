@@ -116,8 +116,8 @@ class Ledger:
         if any(e.judgement.decision.verdict.level > Severity.NONE for e in self._entries):
             return 1.0
         share = self._keeper.policy.record.sample_passed
-        # Sampling for statistics, not for secrets.
-        return 1.0 / share if random.random() < share else None  # noqa: S311 - statistics
+        is_drawn = random.random() < share  # noqa: S311 - a sample for statistics guards no secret
+        return 1.0 / share if is_drawn else None
 
     def _worst(self) -> list[_Entry]:
         """The gravest entry of each direction and attempt."""

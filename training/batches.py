@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.guard import COLUMNS, Logits, pack
+from models.guard import Logits, score_all
 from models.inputs import Window
 from models.network import GuardNetwork
 
@@ -65,8 +65,9 @@ def network_logits(guard: GuardNetwork, windows: Sequence[Window]) -> Logits:
     """Logits of all windows in float32, shape (n, ``COLUMNS``)."""
     guard.eval()
     device = next(guard.parameters()).device
-    result = np.empty((len(windows), COLUMNS), np.float32)
-    for rows in pack([len(window) for window in windows]):
-        batch = Batch([windows[row] for row in rows])
-        result[rows] = guard(*batch.inputs(device)).float().cpu().numpy()
-    return result
+
+    def score(batch: Sequence[Window]) -> Logits:
+        logits: Logits = guard(*Batch(batch).inputs(device)).float().cpu().numpy()
+        return logits
+
+    return score_all(score, windows)

@@ -151,10 +151,8 @@ def build(directory: Path, mixes: Sequence[MixConfig], held_out_share: float, se
     return Mix(tuple(fit), tuple(held_out), dropped)
 
 
-def everyday_exchanges(
-    directory: Path, mixes: Sequence[MixConfig], mix: Mix
-) -> list[tuple[str, str]]:
-    """Everyday prompts with their answers that a cap left out of ``mix``; all where none did."""
+def unseen_answers(directory: Path, mixes: Sequence[MixConfig], mix: Mix) -> list[str]:
+    """Everyday answers that a cap left out of ``mix``; all everyday ones where none did."""
     taken = {row.key for row in mix.fit}
     rows = [
         row
@@ -162,13 +160,10 @@ def everyday_exchanges(
         for source in one.sources
         if source.kind == "instructions"
         for row in _rows(directory, source, Counter())
-    ]
-    unseen = [row for row in rows if row.key not in taken] or rows
-    return [
-        (row.example.prompt, row.example.response)
-        for row in unseen
         if row.example.response is not None
     ]
+    unseen = [row for row in rows if row.key not in taken] or rows
+    return [row.example.text for row in unseen]
 
 
 def _fault(row: Row, near: _NearCopies, kept_apart: OverlapIndex) -> str | None:

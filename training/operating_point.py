@@ -19,7 +19,7 @@ from training.calibrate import CalibrationRows
 from training.documents import document
 from training.guard_recipe import GuardConfig
 from training.labelled import read_examples
-from training.mix import Mix, Row, everyday_exchanges
+from training.mix import Mix, Row, unseen_answers
 from training.split import CALIBRATION_SHARE, position
 from training.targets import label_matrix
 
@@ -99,7 +99,7 @@ def _window_slope(
     prepare: Prepare,
     score: Score,
 ) -> float:
-    answers = [answer for _, answer in everyday_exchanges(config.data, config.mixes, mix)]
+    answers = unseen_answers(config.data, config.mixes, mix)
     if not answers:
         return 0.0
     generator = np.random.default_rng(config.seed)

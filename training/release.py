@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from models import checkpoint, inputs, network, taxonomy
 from models.calibration import Calibration
 from models.checkpoint import Card, DataSource, Golden, GoldenCase, RoleCalibration
-from models.guard import COLUMNS, Logits, judge, pack
-from models.inputs import GuardInput, InputEncoder, Turn, Window
+from models.guard import judge, score_all
+from models.inputs import GuardInput, InputEncoder, Turn
 from models.taxonomy import ROLES, Role
 from models.text_guard import TextGuard
 from models.verdict import OPERATING_POINT
@@ -107,7 +107,7 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
     )
     checkpoint.write_card(output, card)
     uncalibrated = TextGuard(output)
-    prepare, score = uncalibrated.prepare, partial(_served_logits, uncalibrated)
+    prepare, score = uncalibrated.prepare, partial(score_all, uncalibrated.score)
     held_out = JudgedRows(mix.held_out, pool(prepare, score, items))
     calibrations = operating_point.calibrations(config, mix, held_out, prepare, score)
     card = card.model_copy(
@@ -170,13 +170,6 @@ def _numbers(calibration: Calibration) -> RoleCalibration:
         scale=tuple(round(value, 5) for value in calibration.scale),
         bias=tuple(round(value, 5) for value in calibration.bias),
     )
-
-
-def _served_logits(guard: TextGuard, windows: Sequence[Window]) -> Logits:
-    result = np.empty((len(windows), COLUMNS), np.float32)
-    for rows in pack([len(window) for window in windows]):
-        result[rows] = guard.score([windows[row] for row in rows])
-    return result
 
 
 def _golden_cases(guard: TextGuard) -> Iterator[GoldenCase]:
