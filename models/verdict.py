@@ -7,7 +7,7 @@ level where the category fires, else none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from models.taxonomy import CATEGORIES, SIGNALS, Role, Severity
@@ -85,6 +85,11 @@ class Verdict:
         """Signals at or above the operating point, in the order of ``SIGNALS``."""
         pairs = zip(SIGNALS, self.signal_scores, strict=True)
         return tuple(name for name, score in pairs if score >= OPERATING_POINT)
+
+    def milder(self) -> Verdict:
+        """The same verdict, one severity lower: severe counts as moderate, minor as none."""
+        _, moderate, severe = self.at_least
+        return replace(self, at_least=(moderate, severe, 0.0))
 
     def scores(self) -> Mapping[str, float]:
         """Every score by name, as ``taxonomy.evaluate`` reads them."""

@@ -3,81 +3,62 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import re
-import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Final
 
 from fastapi import FastAPI, Request
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
-from service import checks, moderations
-from service.body import ClientDisconnected, dumps, parse_object, read_body
+from service import checks, moderations, passing
+from service.body import parse_object
 from service.chat import ChatDialect
-from service.errors import (
-    BadRequest,
-    BodyTimeout,
-    MethodNotAllowed,
-    NotFound,
-    SluicegateError,
+from service.endpoint import (
+    Application,
+    Endpoints,
+    Handler,
+    forwardable,
+    json_response,
+    replied,
+    request_id,
 )
+from service.errors import MethodNotAllowed, NotFound, SluicegateError
 from service.exchange import Dialect, Direction, Field
 from service.gate import Outcome
-from service.gateway import Incoming
-from service.headers import request_headers
+from service.gateway import Incoming, Reply
 from service.judgement import Judgement
 from service.ledger import Request as Origin
+from service.passing import OpenRoute, Passing
 from service.policy import Action, Decision
-from service.records import new_id
 from service.runtime import Runtime
 
-logger = logging.getLogger(__name__)
+_CHAT: Final = ChatDialect()
+_DIALECTS: Final[tuple[Dialect, ...]] = (_CHAT,)
 
-_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_DIALECTS: Final[tuple[Dialect, ...]] = (ChatDialect(),)
-
-Endpoint = Callable[[Request], Awaitable[Response]]
-Handler = Callable[[Request, str, bytes], Awaitable[Response]]
-
-
-class _Application(FastAPI):
-    """FastAPI, with a short way to the routes that carry the load.
-
-    Its own way to an endpoint (middleware, routing, dependencies) costs about as much as asking
-    the upstream. These endpoints use nothing of it, and catch their own errors. They are declared
-    to it all the same, for the schema and for what is sent to them by another method.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.posts: dict[str, Endpoint] = {}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the ASGI specification."""
-        is_post = scope["type"] == "http" and scope["method"] == "POST"
-        endpoint = self.posts.get(scope["path"]) if is_post else None
-        if endpoint is None:
-            await super().__call__(scope, receive, send)
-            return
-        response = await endpoint(Request(scope, receive))
-        await response(scope, receive, send)
+ANNOTATIONS_HEADER: Final = "x-sluicegate-annotations"
+"""A client's header; ``azure`` asks for Azure's filter results."""
 
 
 def create_app(runtime: Runtime) -> FastAPI:
     """The public application. Metrics stand on it only where they have no listener apart."""
-    app = _Application(
+    app = Application(
         title="Sluicegate", docs_url=None, redoc_url=None, summary="Moderates text, guards a model."
     )
     routes = _Routes(runtime)
-    routes.add(app, "/v1/moderations", routes.moderations)
-    routes.add(app, "/v1/guard", routes.guard)
+    endpoints = Endpoints(app, runtime.settings, runtime.metrics)
+    endpoints.post("/v1/moderations", routes.moderations)
+    endpoints.post("/v1/guard", routes.guard)
     for dialect in _DIALECTS:
-        routes.add(app, dialect.path, routes.proxy(dialect))
-    app.get("/v1/models")(routes.models)
+        endpoints.post(dialect.path, routes.proxy(dialect), dialect.schema, dialect.error)
+    for path in passing.COUNTING:
+        endpoints.post(path, routes.count(path))
+    endpoints.add("GET", "/v1/models", routes.models)
+    endpoints.add("GET", "/v1/models/{name:path}", routes.model)
+    endpoints.add("GET", passing.VERSION, routes.version)
+    for text in runtime.settings.open_routes:
+        route = OpenRoute.parse(text)
+        endpoints.add(route.method, route.path, routes.opened(route))
     _add_health(app)
     if not runtime.settings.admin_is_apart:
         _add_metrics(app, runtime)
@@ -99,57 +80,29 @@ class _Routes:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        own = {"id": runtime.guard.id, "object": "model", "created": 0, "owned_by": "sluicegate"}
+        self._passing = Passing(
+            runtime.upstreams, runtime.policy, runtime.metrics, {passing.TOKENIZE: _CHAT}, [own]
+        )
 
-    def add(self, app: _Application, path: str, handler: Handler) -> None:
-        """Adds a POST route whose handler is given the request's id and its whole body."""
-        limit = self._runtime.settings.body_bytes
-        seconds = self._runtime.settings.body_seconds
-        requests = self._runtime.metrics.requests
-
-        async def endpoint(request: Request) -> Response:
-            request_id = _request_id(request)
-            try:
-                _refuse_encoding(request)
-                raw = await _whole_body(request, limit, seconds)
-                response = await _while_connected(request, handler(request, request_id, raw))
-            except SluicegateError as error:
-                response = error_response(error)
-            except ClientDisconnected:
-                # Nobody reads this; the status is what proxies log for it.
-                response = Response(status_code=499)
-            except RecursionError:
-                # Just under what the parser takes, and too deep for what comes after it.
-                response = error_response(
-                    BadRequest("the body is nested too deeply", code="invalid_json")
-                )
-            except Exception as error:
-                response = _bug(error, path)
-            response.headers["x-request-id"] = request_id
-            requests.labels(path, response.status_code).inc()
-            return response
-
-        schema = {"requestBody": {"content": {"application/json": {"schema": {"type": "object"}}}}}
-        app.post(path, openapi_extra=schema, response_class=Response)(endpoint)
-        app.posts[path] = endpoint
-
-    async def moderations(self, request: Request, request_id: str, raw: bytes) -> Response:
+    async def moderations(self, request: Request, identity: str, raw: bytes) -> Response:
         """See ``moderations``."""
         guard_id = self._runtime.guard.id
         fields = moderations.parse(
             parse_object(raw), guard_id, self._runtime.settings.inputs_per_request
         )
-        origin = Origin(request_id, "/v1/moderations", "moderations", guard_id)
+        origin = Origin(identity, "/v1/moderations", "moderations", guard_id)
         judged = await self._check(origin, {"prompt": fields})
         verdicts = [judgement.decision.verdict for judgement in judged["prompt"][1]]
-        return _json(moderations.render(request_id, guard_id, verdicts))
+        return json_response(moderations.render(identity, guard_id, verdicts))
 
-    async def guard(self, request: Request, request_id: str, raw: bytes) -> Response:
+    async def guard(self, request: Request, identity: str, raw: bytes) -> Response:
         """See ``checks``."""
         guard_id = self._runtime.guard.id
         fields = checks.parse(parse_object(raw), guard_id)
-        origin = Origin(request_id, "/v1/guard", "guard", guard_id)
+        origin = Origin(identity, "/v1/guard", "guard", guard_id)
         judged = await self._check(origin, fields)
-        return _json(checks.render(request_id, guard_id, self._runtime.policy, judged))
+        return json_response(checks.render(identity, guard_id, self._runtime.policy, judged))
 
     async def _check(
         self, origin: Origin, fields: Mapping[Direction, list[Field]]
@@ -179,57 +132,62 @@ class _Routes:
     def proxy(self, dialect: Dialect) -> Handler:
         """The handler of a dialect's route."""
 
-        async def handler(request: Request, request_id: str, raw: bytes) -> Response:
-            incoming = Incoming(
-                id=request_id,
-                route=dialect.path,
-                raw=raw,
-                body=parse_object(raw),
-                headers=request_headers(_pairs(request)),
-            )
-            reply = await self._runtime.gateway.handle(dialect, incoming)
-            response = Response(reply.body, reply.status)
-            response.raw_headers.extend(
-                (name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers
-            )
-            return response
+        async def handler(request: Request, identity: str, raw: bytes) -> Response:
+            return replied(await self._handle(dialect, request, identity, raw))
 
         return handler
 
-    async def models(self, request: Request) -> Response:
-        """The upstream's models, or the guard where there is none."""
-        upstream = self._runtime.upstream
-        if upstream is None:
-            model = {
-                "id": self._runtime.guard.id,
-                "object": "model",
-                "created": 0,
-                "owned_by": "sluicegate",
-            }
-            return _named(request, _json({"object": "list", "data": [model]}))
-        try:
-            answer = await upstream.get("/v1/models", request_headers(_pairs(request)))
-        except SluicegateError as error:
-            return _named(request, error_response(error))
-        shown = Response(answer.body, answer.status, media_type="application/json")
-        return _named(request, shown)
+    async def _handle(self, dialect: Dialect, request: Request, identity: str, raw: bytes) -> Reply:
+        incoming = Incoming(
+            id=identity,
+            route=dialect.path,
+            raw=raw,
+            body=parse_object(raw),
+            headers=forwardable(request),
+            wants_azure=request.headers.get(ANNOTATIONS_HEADER) == "azure",
+        )
+        return await self._runtime.gateway.handle(dialect, incoming)
 
+    def count(self, path: str) -> Handler:
+        """The handler of a route that counts."""
 
-def error_response(error: SluicegateError) -> Response:
-    """The answer that an error is."""
-    return _json(error.body(), error.status, error.headers())
+        async def handler(request: Request, identity: str, raw: bytes) -> Response:
+            return replied(await self._passing.count(path, raw, forwardable(request)))
+
+        return handler
+
+    def opened(self, route: OpenRoute) -> Handler:
+        """The handler of a route that the operator opened."""
+
+        async def handler(request: Request, identity: str, raw: bytes) -> Response:
+            return replied(await self._passing.opened(route, raw, forwardable(request)))
+
+        return handler
+
+    async def models(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``Passing.models``."""
+        return replied(await self._passing.models(forwardable(request)))
+
+    async def model(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``Passing.model``."""
+        name = request.path_params["name"]
+        return replied(await self._passing.model(name, forwardable(request)))
+
+    async def version(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``Passing.version``."""
+        return replied(await self._passing.version(forwardable(request)))
 
 
 def _add_health(app: FastAPI) -> None:
     @app.get("/health/live")
     async def live() -> Response:
         """The process answers."""
-        return _json({"status": "live"})
+        return json_response({"status": "live"})
 
     @app.get("/health/ready")
     async def ready() -> Response:
         """The guard is loaded and gave its golden scores, else there would be no listener."""
-        return _json({"status": "ready"})
+        return json_response({"status": "ready"})
 
 
 def _add_metrics(app: FastAPI, runtime: Runtime) -> None:
@@ -251,73 +209,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         if isinstance(error, HTTPException) and error.status_code == 405:
             headers = error.headers or {}
             refusal = MethodNotAllowed(f"this route takes {headers.get('Allow', 'another method')}")
-        response = error_response(refusal)
-        response.headers.update(headers)
-        return _named(request, response)
-
-
-async def _whole_body(request: Request, limit: int, seconds: float) -> bytes:
-    try:
-        async with asyncio.timeout(seconds):
-            return await read_body(request.receive, limit)
-    except TimeoutError:
-        raise BodyTimeout(
-            f"the body did not come within {seconds:g} seconds: send it at once"
-        ) from None
-
-
-async def _while_connected(request: Request, work: Awaitable[Response]) -> Response:
-    """The result of ``work``, which is cancelled if the client goes away before."""
-    task = asyncio.current_task()
-    assert task is not None
-    watch = asyncio.create_task(_cancel_when_gone(request, task))
-    try:
-        return await work
-    except asyncio.CancelledError:
-        # Ours to answer for if the watch did it and nobody else.
-        if watch.done() and not task.uncancel():
-            raise ClientDisconnected from None
-        raise
-    finally:
-        watch.cancel()
-
-
-async def _cancel_when_gone(request: Request, task: asyncio.Task[Any]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()
-
-
-def _bug(error: Exception, path: str) -> Response:
-    # Not the message, which may hold a client's text: where it happened is what mends it.
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    logger.error("%s on %s at %s:%s", type(error).__name__, path, place.filename, place.lineno or 0)
-    return error_response(SluicegateError("something failed here; the log says where"))
-
-
-def _refuse_encoding(request: Request) -> None:
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.lower() != "identity":
-        raise BadRequest(
-            "the body has a content-encoding: send it as it is", code="unsupported_encoding"
-        )
-
-
-def _request_id(request: Request) -> str:
-    given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else new_id()
-
-
-def _named(request: Request, response: Response) -> Response:
-    response.headers["x-request-id"] = _request_id(request)
-    return response
-
-
-def _pairs(request: Request) -> list[tuple[str, str]]:
-    return [
-        (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
-    ]
-
-
-def _json(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(dumps(value).encode(), status, headers, media_type="application/json")
+        response = json_response(refusal.body(), refusal.status, {**refusal.headers(), **headers})
+        response.headers["x-request-id"] = request_id(request)
+        return response

@@ -43,8 +43,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in ``raw``.
 
     Refused with ``BadRequest``: bytes that are not UTF-8, malformed JSON, a key that stands twice
-    in one object, NaN, infinities and numbers that would become one, strings that are not text
-    (lone surrogates, NUL), nesting that overflows the parser, and anything but an object.
+    in one object (in whatever case), NaN, infinities and numbers that would become one, strings
+    that are not text (lone surrogates, NUL), nesting that overflows the parser, and anything but
+    an object.
     """
     try:
         text = raw.decode("utf-8")
@@ -79,9 +80,11 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
-    if len(result) != len(pairs):
+    # Some parsers take keys that differ in case for the same.
+    if len(result) != len(pairs) or len({key.casefold() for key in result}) != len(pairs):
         raise BadRequest(
-            "a key stands twice in one object of the body: send each key once",
+            "a key stands twice in one object of the body, as it is or in another case: send each"
+            " key once",
             code="duplicate_key",
         )
     return result

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.inputs import GuardInput, Turn
-from service import moderations
-from service.chat import conversation_fields
-from service.errors import BadRequest
+from service import conversation, moderations
+from service.chat import parse_messages
+from service.errors import BadRequest, Unscannable
 from service.exchange import Direction, Field
+from service.extractor import Scan
 from service.judgement import Judgement
 from service.policy import Decision, Policy
 
@@ -45,14 +46,17 @@ def parse(body: Mapping[str, Any], guard_id: str) -> dict[Direction, list[Field]
 def _conversation(messages: object) -> dict[Direction, list[Field]]:
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages must be a list with at least one message", param="messages")
-    fields = list(conversation_fields(messages))
-    if messages[-1]["role"] != "assistant":
-        return {"prompt": fields}
-    last = f"messages[{len(messages) - 1}]"
-    answered = [field for field in fields if field.path.startswith(last)]
+    scan = Scan()
+    said = parse_messages(messages, scan)
+    if scan.unscannable:
+        place = scan.unscannable[0]
+        raise Unscannable(f"{place} cannot be scanned by any guard here: leave it out", param=place)
+    if said[-1].speaker != "assistant":
+        return {"prompt": list(conversation.fields(said))}
+    asked = said[:-1]
     return {
-        "prompt": [field for field in fields if not field.path.startswith(last)],
-        "response": answered,
+        "prompt": list(conversation.fields(asked)),
+        "response": list(conversation.answer_fields(conversation.turns(asked), said[-1])),
     }
 
 

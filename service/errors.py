@@ -2,7 +2,8 @@
 
     SluicegateError
     ├── BadRequest            400  the request is not one that we can read
-    │   ├── UnsupportedModality  400  it holds something that no guard here judges
+    │   ├── Unscannable       400  it holds something that no guard here reads
+    │   ├── ContentFiltered   400  it was blocked, and the policy or the route answers so
     │   └── UnknownModel      404  it names a model that is not here
     ├── NotFound              404  no such route
     ├── MethodNotAllowed      405  the route is there, the method is not
@@ -16,6 +17,7 @@
     └── UpstreamError         502  the upstream failed
         ├── UpstreamUnreachable  502  no connection
         ├── UpstreamMalformed    502  an answer that we cannot read, and so cannot judge
+        ├── UpstreamUnavailable  503  it failed again and again, and is left alone for a while
         └── UpstreamTimeout      504  no answer in time
 
     ConfigurationError             never on the wire: the command prints it and exits with 2
@@ -25,6 +27,8 @@ Messages say what was wrong, where, and what to do. They never hold a client's t
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -73,10 +77,30 @@ class BadRequest(SluicegateError):
     code = "invalid_request"
 
 
-class UnsupportedModality(BadRequest):
-    """The request holds something that no guard here judges."""
+class Unscannable(BadRequest):
+    """The request holds something that no guard here reads."""
 
-    code = "unsupported_modality"
+    code = "unscannable"
+
+
+class ContentFiltered(BadRequest):
+    """The prompt was blocked. ``results`` is Azure's account of why, which clients parse."""
+
+    code = "content_filter"
+
+    def __init__(self, message: str, results: Mapping[str, Any]) -> None:
+        super().__init__(message, param="prompt")
+        self.results = results
+
+    def body(self) -> dict[str, Any]:
+        """See ``SluicegateError.body``."""
+        inner = {
+            "code": "ResponsibleAIPolicyViolation",
+            "content_filter_result": dict(self.results),
+        }
+        shown = super().body()
+        shown["error"] |= {"status": self.status, "innererror": inner}
+        return shown
 
 
 class UnknownModel(BadRequest):
@@ -171,6 +195,21 @@ class UpstreamUnreachable(UpstreamError):
     """No connection to the upstream."""
 
     code = "upstream_unreachable"
+
+
+class UpstreamUnavailable(UpstreamError):
+    """The upstream failed again and again, and is left alone for a while."""
+
+    status = 503
+    code = "upstream_unavailable"
+
+    def __init__(self, message: str, retry_after_seconds: float) -> None:
+        super().__init__(message)
+        self._retry_after = max(1, math.ceil(retry_after_seconds))
+
+    def headers(self) -> dict[str, str]:
+        """Says when to come back."""
+        return {"retry-after": str(self._retry_after)}
 
 
 class UpstreamMalformed(UpstreamError):

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from models.inputs import GuardInput
+from models.inputs import GuardInput, Turn
 from models.taxonomy import Role
+from models.verdict import Verdict
+from service.errors import SluicegateError
 
 Direction = Role
 """``prompt``: towards the model. ``response``: from it."""
@@ -39,14 +41,40 @@ class Field:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A prompt of token ids, which the upstream's tokenizer has to turn into a text."""
+
+    path: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModerationRequest:
+    """OpenAI's ``moderation`` key: tell the verdicts, and in which directions a flag blocks."""
+
+    blocks_prompt: bool
+    blocks_response: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Exchange:
-    """A request as the gate sees it; ``body`` is the client's JSON, never changed."""
+    """A request as the gate sees it; ``body`` is the client's JSON, never changed.
+
+    ``unscannable`` holds the paths of what no guard here can read. Where there are
+    ``token_prompts``, their texts are added to ``texts``, by path, before anything is judged.
+    """
 
     model: str
     stream: bool
     choices: int
     fields: tuple[Field, ...]
     body: Mapping[str, Any]
+    unscannable: tuple[str, ...] = ()
+    token_prompts: tuple[TokenPrompt, ...] = ()
+    texts: Mapping[str, str] | None = None
+    moderation: ModerationRequest | None = None
+    context: tuple[Turn, ...] = ()
+    """The turns that an answer follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +94,7 @@ class Answer:
     body: Mapping[str, Any]
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    unscannable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +107,27 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """How the next attempt differs: its seed, what to tell the model, and how many choices."""
+    """How the next attempt differs: its seed, what to tell the model, the choices it is for."""
 
     seed: int
     instruction: str
-    choices: int
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """Verdicts that a client asked to be told beside the answer.
+
+    ``openai`` and ``azure`` say in which shapes. A verdict is None where none could be had;
+    ``choices`` is empty where nothing was generated.
+    """
+
+    guard: str
+    prompt: Verdict | None
+    choices: Mapping[int, Verdict | None]
+    refused: frozenset[int]
+    openai: bool
+    azure: bool
 
 
 class Dialect(Protocol):
@@ -90,16 +135,23 @@ class Dialect(Protocol):
 
     name: str
     path: str
-    """Where the upstream serves it."""
+    """Where the upstream serves it, and we do."""
+    schema: Mapping[str, Any]
+    """JSON Schema of a request, as far as we read it."""
 
     def parse(self, body: Mapping[str, Any]) -> Exchange:
         """The exchange in a request; ``BadRequest`` names the key that is wrong."""
 
     def parse_answer(self, exchange: Exchange, body: Mapping[str, Any]) -> Answer:
-        """The upstream's JSON answer; ``UpstreamMalformed`` if it is not one."""
+        """The upstream's JSON answer; ``UpstreamMalformed`` if it is not one, or ``BadRequest``
+        where a part of it is not what the format allows.
+        """
 
     def parse_stream(self, exchange: Exchange, events: list[str]) -> Answer:
-        """The answer that the data of all events of a stream add up to."""
+        """The answer that the data of all events of a stream add up to.
+
+        Raises as ``parse_answer`` does, also where it is not complete.
+        """
 
     def forwarded(self, exchange: Exchange) -> Mapping[str, Any] | None:
         """The body to send upstream where it must differ from the client's, else None."""
@@ -107,14 +159,30 @@ class Dialect(Protocol):
     def retried(self, exchange: Exchange, retry: Retry) -> Mapping[str, Any]:
         """The body of another attempt."""
 
-    def refused(self, exchange: Exchange, identity: str, created: int, refusal: Refusal) -> Answer:
-        """An answer that only refuses; ``created`` in unix seconds."""
+    def refused(
+        self, exchange: Exchange, identity: str, created: int, refusal: Refusal
+    ) -> Answer | None:
+        """An answer that only refuses; ``created`` in unix seconds. None where the format has no
+        place for one.
+        """
 
     def refused_choice(self, exchange: Exchange, index: int, refusal: Refusal) -> Choice:
         """One refusing choice."""
 
+    def renumbered(self, choice: Choice, index: int) -> Choice:
+        """``choice`` under another number."""
+
     def assembled(self, answer: Answer, choices: tuple[Choice, ...]) -> Mapping[str, Any]:
         """``answer`` with other choices in it, as JSON."""
 
+    def annotated(self, body: Mapping[str, Any], annotations: Annotations) -> Mapping[str, Any]:
+        """``body`` with the verdicts that were asked for beside what it says."""
+
+    def annotated_stream(self, raw: bytes, annotations: Annotations) -> bytes:
+        """``raw``, a whole stream of the upstream's, with the verdicts in an event of their own."""
+
     def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
         """A JSON answer as the events of a stream, to its end."""
+
+    def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
+        """The body of an error; ``identity`` is the request's id."""

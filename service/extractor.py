@@ -1,33 +1,126 @@
 """What is scannable in a JSON value: what is judged covers what is forwarded.
 
-A dialect says which keys it knows; ``unknown`` gives every other string, so that a field which is
-new to us is judged rather than passed over.
+A dialect takes from an object the keys that it knows, and says of each what field it is. What it
+did not take is a field too: ``other``. So a key that is new to us, or that a dialect forgot, is
+judged rather than passed over. Passed over are only numbers, truth values, and words (below) under
+keys whose values never reach a model as text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from service.body import strings
+from service.exchange import FieldName
+
+_WORD: Final = re.compile(r"[\w.:/@+=-]{0,128}")
+"""An identifier: no room for a sentence."""
+
+_PLAIN: Final = (bool, int, float, type(None))
+
+# What every schema says of itself; the words between them are what a model reads.
+_SCHEMA_WORDS: Final = frozenset(
+    {
+        "type", "function", "name", "description", "parameters", "input_schema", "properties",
+        "required", "strict", "items", "enum", "object", "string", "number", "integer", "boolean",
+        "array", "null", "additionalProperties", "anyOf", "allOf", "oneOf", "$ref", "$defs",
+        "definitions", "title", "default", "format", "schema", "json_schema", "minimum", "maximum",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A text that stands at ``path``."""
+
+    name: FieldName
+    path: str
+    text: str
+
+
+@dataclass(slots=True)
+class Scan:
+    """What was found so far: texts to judge, and paths of what no guard here can read."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    unscannable: list[str] = field(default_factory=list)
+
+    def add(self, name: FieldName, path: str, text: str) -> None:
+        """A text; nothing where it is blank."""
+        if text and not text.isspace():
+            self.pieces.append(Piece(name, path, text))
+
+
+class Reader:
+    """Takes an object apart key by key, and remembers what nobody took."""
+
+    __slots__ = ("_left", "path")
+
+    def __init__(self, value: Mapping[str, Any], path: str = "") -> None:
+        self._left = dict(value)
+        self.path = path
+
+    def take(self, key: str) -> Any:
+        """The value of ``key``, which the caller answers for; None where there is none."""
+        return self._left.pop(key, None)
+
+    def where(self, key: str) -> str:
+        """The path of ``key``."""
+        return f"{self.path}.{key}" if self.path else key
+
+    def pass_words(self, keys: frozenset[str]) -> None:
+        """Passes over values of ``keys`` that are words; others stay and are scanned."""
+        for key in self._left.keys() & keys:
+            if are_words(self._left[key]):
+                del self._left[key]
+
+    def refuse(self, scan: Scan, keys: Iterable[str]) -> None:
+        """Takes ``keys`` as what cannot be scanned."""
+        for key in keys:
+            if self._left.pop(key, None) is not None:
+                scan.unscannable.append(self.where(key))
+
+    def rest(self, scan: Scan) -> None:
+        """Adds what nobody took: strings as ``other``, token ids as what cannot be scanned."""
+        texts = []
+        for key, value in self._left.items():
+            if not _WORD.fullmatch(key):
+                texts.append(key)
+            if type(value) in _PLAIN:
+                continue
+            if "token" in key and isinstance(value, list) and _holds_numbers(value):
+                scan.unscannable.append(self.where(key))
+            elif text := leaves(value):
+                texts.append(text)
+        if texts:
+            scan.add("other", self.path, "\n".join(texts))
 
 
 def leaves(value: Any) -> str:
     """All strings of a JSON value, keys of objects included, one a line."""
     if not value:
         return ""
+    if isinstance(value, str):
+        return value
     return "\n".join(text for text in strings(value) if text.strip())
 
 
-def named(body: Mapping[str, Any], *names: str) -> str:
-    """The strings under the keys ``names``."""
-    return leaves([body[name] for name in names if body.get(name)])
+def definition(value: Any) -> str:
+    """What a tool's definition or a schema says, without the words that all of them hold."""
+    return "\n".join(text for text in strings(value) if text not in _SCHEMA_WORDS and text.strip())
 
 
-def unknown(body: Mapping[str, Any], known: frozenset[str]) -> str:
-    """The strings under keys that are not in ``known``."""
-    return leaves([body[key] for key in body.keys() - known if body[key] is not None])
+def are_words(value: Any) -> bool:
+    """Whether no string in ``value`` has room for a sentence."""
+    if type(value) in _PLAIN:
+        return True
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    return all(_WORD.fullmatch(text) for text in strings(value))
 
 
 def arguments(raw: Any) -> str:
@@ -41,4 +134,10 @@ def arguments(raw: Any) -> str:
         parsed = json.loads(raw)
     except (ValueError, RecursionError):
         return raw
-    return leaves(parsed) if isinstance(parsed, dict | list) else raw
+    return leaves(parsed) if isinstance(parsed, dict | list | str) else raw
+
+
+def _holds_numbers(value: list[Any]) -> bool:
+    return any(
+        type(item) is int or (isinstance(item, list) and _holds_numbers(item)) for item in value
+    )

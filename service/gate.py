@@ -30,9 +30,13 @@ ALL: Final = None
 # --- Events ------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class PromptJudged:
-    """The prompt's decision; None if no guard could judge and the policy lets that pass."""
+    """The prompt's decision; None if no guard could judge and the policy lets that pass.
+
+    ``is_partial`` tells that some of it could not be scanned, and the policy lets that pass.
+    """
 
     decision: Decision | None
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,8 @@ class Generated:
 
     choices: tuple[int, ...]
     tokens: int
+    is_partial: bool = False
+    """As in ``PromptJudged``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +134,12 @@ class Gate:
             return self._give_up()
         assert self._awaits is type(event), f"{event} was not asked for"
         match event:
-            case PromptJudged(decision):
+            case PromptJudged(decision, is_partial):
+                self._bypassed |= is_partial
                 return self._prompt_judged(decision)
-            case Generated(choices, tokens):
+            case Generated(choices, tokens, is_partial):
                 self._tokens += tokens
+                self._bypassed |= is_partial
                 self._pending = choices
                 self._awaits = ResponseJudged
                 return [Judge("response", choices)]

@@ -10,17 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from service import sse
+from models.inputs import GuardInput
+from service import sse, verdict_shapes
 from service.body import dumps, parse_object
 from service.errors import (
     BadRequest,
+    ContentFiltered,
     GuardUnavailable,
-    NoUpstream,
     SluicegateError,
+    TooLarge,
+    Unscannable,
     UpstreamError,
     UpstreamMalformed,
 )
-from service.exchange import Answer, Choice, Dialect, Direction, Exchange, Field, Refusal, Retry
+from service.exchange import (
+    Annotations,
+    Answer,
+    Choice,
+    Dialect,
+    Direction,
+    Exchange,
+    Field,
+    Refusal,
+    Retry,
+)
 from service.gate import (
     ALL,
     Command,
@@ -40,10 +53,12 @@ from service.gate import (
 from service.headers import Headers, header, response_headers
 from service.judgement import FieldJudge, Judgement
 from service.ledger import Bookkeeper, Ledger, Request
-from service.policy import Action, Decision
-from service.upstream import Upstream, UpstreamResponse
+from service.policy import Action, Decision, tightened
+from service.routing import Route, Upstreams
+from service.upstream import UpstreamResponse
 
 _SEEDS: Final = 2**31
+_MOST_TOKEN_PROMPTS: Final = 64
 _JSON: Final = ("content-type", "application/json")
 _EVENTS: Final = ("content-type", "text/event-stream; charset=utf-8")
 
@@ -57,15 +72,18 @@ class Incoming:
     raw: bytes
     body: Mapping[str, Any]
     headers: Mapping[str, str]
+    wants_azure: bool = False
+    """Whether Azure's filter results are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the client gets."""
+    """What the client gets. ``said`` is the answer as JSON, or None where it is an error."""
 
     status: int
     headers: Headers
     body: bytes
+    said: Mapping[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -74,6 +92,10 @@ class _Progress:
 
     gate: Gate
     ledger: Ledger
+    route: Route
+    prompt: Decision | None = None
+    decisions: dict[int, Decision | None] = field(default_factory=dict)
+    """The newest on each choice."""
     answers: list[tuple[UpstreamResponse, Answer]] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
     """The newest of each number."""
@@ -94,32 +116,33 @@ class _NotOurs(Exception):
 
 
 class Gateway:
-    """Guards an upstream. Without one, every exchange ends in ``NoUpstream``."""
+    """Guards the upstreams."""
 
-    def __init__(self, judge: FieldJudge, upstream: Upstream | None, keeper: Bookkeeper) -> None:
+    def __init__(self, judge: FieldJudge, upstreams: Upstreams, keeper: Bookkeeper) -> None:
         self._judge = judge
         self._policy = judge.policy
-        self._upstream = upstream
+        self._upstreams = upstreams
         self._keeper = keeper
 
     async def handle(self, dialect: Dialect, incoming: Incoming) -> Reply:
         """The reply to a request. Raises ``SluicegateError``."""
         exchange = dialect.parse(incoming.body)
-        if self._upstream is None:
-            raise NoUpstream(
-                "no upstream is set, so there is no model to answer: start with --upstream URL"
-                " (/v1/moderations and /v1/guard work without one)"
-            )
+        route = self._upstreams.route(exchange.model)
         request = Request(incoming.id, incoming.route, dialect.name, exchange.model)
         ledger = self._keeper.open(request)
-        progress = _Progress(Gate(self._policy.regenerate), ledger)
+        progress = _Progress(Gate(self._policy.regenerate), ledger, route)
         try:
+            exchange = await self._with_texts(exchange, incoming, route)
             end = await self._drive(dialect, incoming, exchange, progress)
         except _NotOurs as refusal:
             progress.outcomes["response"] = "error"
             await ledger.close(progress.outcomes, 1)
             response = refusal.response
             return Reply(response.status, response_headers(response.headers), response.body)
+        except Unscannable:
+            progress.outcomes["prompt"] = "blocked"
+            await ledger.close(progress.outcomes, 0)
+            raise
         except SluicegateError:
             progress.outcomes["response" if "prompt" in progress.outcomes else "prompt"] = "error"
             await ledger.close(progress.outcomes, len(progress.answers))
@@ -129,6 +152,36 @@ class Gateway:
         self._account(progress)
         await ledger.close(progress.outcomes, end.attempts)
         return self._reply(dialect, incoming, exchange, progress, end)
+
+    async def _with_texts(self, exchange: Exchange, incoming: Incoming, route: Route) -> Exchange:
+        """The exchange with the texts of its token ids, as the upstream's tokenizer gives them."""
+        if not exchange.token_prompts:
+            return exchange
+        if len(exchange.token_prompts) > _MOST_TOKEN_PROMPTS:
+            raise TooLarge(
+                f"over {_MOST_TOKEN_PROMPTS} prompts of token ids in one request: send fewer, or"
+                " send texts",
+                code="too_many_inputs",
+            )
+        texts: dict[str, str] = dict(exchange.texts or {})
+        unscannable = list(exchange.unscannable)
+        for prompt in exchange.token_prompts:
+            text = await route.detokenize(exchange.model, prompt.ids, incoming.headers)
+            if text is None:
+                unscannable.append(prompt.path)
+            else:
+                texts[prompt.path] = text
+        read = [
+            Field("message", prompt.path, GuardInput("prompt", texts[prompt.path]))
+            for prompt in exchange.token_prompts
+            if texts.get(prompt.path)
+        ]
+        return replace(
+            exchange,
+            fields=(*exchange.fields, *read),
+            unscannable=tuple(unscannable),
+            texts=texts,
+        )
 
     async def _drive(
         self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: _Progress
@@ -142,7 +195,7 @@ class Gateway:
                 case Judge("prompt"):
                     event: Event = await self._judge_prompt(exchange, progress)
                 case Judge(_, choices):
-                    event = await self._judge_response(progress, choices, deadline)
+                    event = await self._judge_response(exchange, progress, choices, deadline)
                 case Generate() as command:
                     event = await self._generate(
                         dialect, incoming, exchange, progress, command, deadline
@@ -159,16 +212,30 @@ class Gateway:
             commands.extend(progress.gate.feed(event))
 
     async def _judge_prompt(self, exchange: Exchange, progress: _Progress) -> PromptJudged:
+        is_partial = bool(exchange.unscannable)
+        if is_partial:
+            if self._policy.unscannable == "block":
+                place = exchange.unscannable[0]
+                raise Unscannable(
+                    f"{place} cannot be scanned by any guard here, so it is not forwarded: leave it"
+                    " out, or set unscannable: allow in the policy",
+                    param=place,
+                )
+            self._keeper.metrics.bypasses.labels("unscannable").inc()
         judgements = await self._judgements("prompt", 0, exchange.fields, progress)
         if judgements is None:
             progress.outcomes["prompt"] = "bypassed"
             return PromptJudged(None)
         decision = self._judge.prevailing("prompt", judgements)
-        progress.outcomes["prompt"] = _PROMPT_OUTCOMES[decision.action]
-        return PromptJudged(decision)
+        if exchange.moderation is not None and exchange.moderation.blocks_prompt:
+            decision = tightened(decision)
+        progress.prompt = decision
+        outcome = _PROMPT_OUTCOMES[decision.action]
+        progress.outcomes["prompt"] = "bypassed" if is_partial and outcome != "blocked" else outcome
+        return PromptJudged(decision, is_partial)
 
     async def _judge_response(
-        self, progress: _Progress, choices: tuple[int, ...], deadline: float
+        self, exchange: Exchange, progress: _Progress, choices: tuple[int, ...], deadline: float
     ) -> ResponseJudged | DeadlinePassed:
         attempt = len(progress.answers)
         fields = [field for number in choices for field in progress.choices[number].fields]
@@ -178,13 +245,15 @@ class Gateway:
                 judgements = await self._judgements("response", attempt, fields, progress)
         except TimeoutError:
             return DeadlinePassed()
-        if judgements is None:
-            return ResponseJudged(dict.fromkeys(choices))
-        decisions: dict[int, Decision | None] = {}
-        rest = deque(judgements)
-        for number in choices:
-            own = [rest.popleft() for _ in progress.choices[number].fields]
-            decisions[number] = self._judge.prevailing("response", own)
+        decisions: dict[int, Decision | None] = dict.fromkeys(choices)
+        if judgements is not None:
+            tightens = exchange.moderation is not None and exchange.moderation.blocks_response
+            rest = deque(judgements)
+            for number in choices:
+                own = [rest.popleft() for _ in progress.choices[number].fields]
+                decision = self._judge.prevailing("response", own)
+                decisions[number] = tightened(decision) if tightens else decision
+        progress.decisions |= decisions
         return ResponseJudged(decisions)
 
     async def _judgements(
@@ -223,7 +292,7 @@ class Gateway:
             retry = Retry(
                 seed=_seed(exchange, command.attempt),
                 instruction=instruction(command.because),
-                choices=len(numbers),
+                choices=numbers,
             )
             body = dumps(dialect.retried(exchange, retry)).encode()
             try:
@@ -237,10 +306,12 @@ class Gateway:
         progress.answers.append((response, answer))
         for number, choice in zip(numbers, answer.choices, strict=False):
             if command.attempt > 1:
-                choice = replace(choice, index=number, body={**choice.body, "index": number})
+                choice = dialect.renumbered(choice, number)
             progress.choices[number] = choice
             progress.attempt_of[number] = command.attempt
-        return Generated(numbers, _completion_tokens(answer))
+        if answer.unscannable:
+            self._keeper.metrics.bypasses.labels("unscannable").inc()
+        return Generated(numbers, _completion_tokens(answer), bool(answer.unscannable))
 
     async def _ask(
         self,
@@ -250,12 +321,24 @@ class Gateway:
         progress: _Progress,
         body: bytes,
     ) -> tuple[UpstreamResponse, Answer]:
-        assert self._upstream is not None
-        response = await self._upstream.post(dialect.path, body, incoming.headers)
+        response = await progress.route.post(dialect.path, body, incoming.headers)
         progress.ledger.called_upstream(response.seconds)
         if response.status != 200:
             raise _NotOurs(response)
-        return response, parse_answer(dialect, exchange, response)
+        passes = self._policy.unscannable == "allow"
+        try:
+            answer = parse_answer(dialect, exchange, response)
+        except UpstreamMalformed:
+            if not passes or progress.answers:
+                raise
+            answer = Answer((), {}, unscannable=("",))
+        if answer.unscannable and not passes:
+            raise UpstreamMalformed(
+                f"{answer.unscannable[0]} of the upstream's answer cannot be scanned by any guard"
+                " here, so it is not passed on: set unscannable: allow in the policy",
+                code="unscannable",
+            )
+        return response, answer
 
     def _account(self, progress: _Progress) -> None:
         """Tokens: what the client got, and what was generated for nothing."""
@@ -281,34 +364,106 @@ class Gateway:
         end: End,
     ) -> Reply:
         refusal = Refusal(self._policy.refusal.text, self._policy.refusal.finish_reason)
-        said = (
-            ("x-sluicegate-outcome", end.outcome),
-            ("x-sluicegate-attempts", str(end.attempts)),
-        )
+        said = _headers(progress, end)
         if not progress.answers:
-            answer = dialect.refused(exchange, incoming.id, int(time.time()), refusal)
-            body = dialect.assembled(answer, answer.choices)
-            headers: Headers = ()
-        else:
-            response, first = progress.answers[0]
-            headers = response_headers(response.headers)
-            if end.attempts == 1 and not progress.refused:
-                return Reply(response.status, (*headers, *said), response.body)
-            headers = tuple(pair for pair in headers if pair[0] != "content-type")
-            refused = progress.refused if progress.refused is not None else tuple(progress.choices)
-            choices = {number: progress.choices[number] for number in progress.released}
-            choices |= {
-                number: dialect.refused_choice(exchange, number, refusal) for number in refused
-            }
-            kept = [progress.attempt_of[number] for number in progress.released]
-            usage = progress.answers[max(kept, default=1) - 1][1].body.get("usage")
-            body = dialect.assembled(
-                replace(first, body={**first.body, "usage": usage}),
-                tuple(choices[number] for number in sorted(choices)),
+            return self._refusal(dialect, incoming, exchange, progress, refusal, said)
+        response, first = progress.answers[0]
+        headers = response_headers(response.headers)
+        asked = self._annotations(incoming, exchange, progress)
+        if end.attempts == 1 and not progress.refused:
+            if asked is None or not first.body:
+                return Reply(response.status, (*headers, *said), response.body, first.body)
+            shown = dialect.annotated(first.body, asked)
+            if _is_stream(response):
+                body = dialect.annotated_stream(response.body, asked)
+            else:
+                body = dumps(shown).encode()
+            return Reply(response.status, (*headers, *said), body, shown)
+        headers = tuple(pair for pair in headers if pair[0] != "content-type")
+        refused = progress.refused if progress.refused is not None else tuple(progress.choices)
+        choices = {number: progress.choices[number] for number in progress.released}
+        choices |= {number: dialect.refused_choice(exchange, number, refusal) for number in refused}
+        kept = [progress.attempt_of[number] for number in progress.released]
+        usage = progress.answers[max(kept, default=1) - 1][1].body.get("usage")
+        shown = dialect.assembled(
+            replace(first, body={**first.body, "usage": usage}),
+            tuple(choices[number] for number in sorted(choices)),
+        )
+        if asked is not None:
+            shown = dialect.annotated(shown, asked)
+        return _rendered(dialect, exchange, shown, (*headers, *said))
+
+    def _refusal(
+        self,
+        dialect: Dialect,
+        incoming: Incoming,
+        exchange: Exchange,
+        progress: _Progress,
+        refusal: Refusal,
+        said: Headers,
+    ) -> Reply:
+        """The reply to a prompt that was blocked."""
+        answer = dialect.refused(exchange, incoming.id, int(time.time()), refusal)
+        if answer is None or self._policy.refusal.status == 400:
+            verdict = progress.prompt.verdict if progress.prompt else None
+            error = ContentFiltered(
+                refusal.text, verdict_shapes.filter_results(verdict, is_filtered=True)
             )
-        if exchange.stream:
-            return Reply(200, (*headers, _EVENTS, *said), dialect.streamed(exchange, body))
-        return Reply(200, (*headers, _JSON, *said), dumps(body).encode())
+            body = dumps(dialect.error(error, incoming.id)).encode()
+            return Reply(error.status, (_JSON, *said), body)
+        shown = dialect.assembled(answer, answer.choices)
+        asked = self._annotations(incoming, exchange, progress)
+        if asked is not None:
+            shown = dialect.annotated(shown, asked)
+        return _rendered(dialect, exchange, shown, said)
+
+    def _annotations(
+        self, incoming: Incoming, exchange: Exchange, progress: _Progress
+    ) -> Annotations | None:
+        """The verdicts to tell, where the client asked for them."""
+        wants_openai = exchange.moderation is not None
+        if not wants_openai and not incoming.wants_azure:
+            return None
+        refused = progress.refused if progress.refused is not None else progress.choices
+        return Annotations(
+            guard=self._keeper.guard_id,
+            prompt=progress.prompt.verdict if progress.prompt else None,
+            choices={
+                number: decision.verdict if decision else None
+                for number, decision in progress.decisions.items()
+            },
+            refused=frozenset(refused),
+            openai=wants_openai,
+            azure=incoming.wants_azure,
+        )
+
+
+def _rendered(
+    dialect: Dialect, exchange: Exchange, shown: Mapping[str, Any], headers: Headers
+) -> Reply:
+    """An answer of our own making, in a stream where that was asked for."""
+    if exchange.stream:
+        return Reply(200, (*headers, _EVENTS), dialect.streamed(exchange, shown), shown)
+    return Reply(200, (*headers, _JSON), dumps(shown).encode(), shown)
+
+
+def _headers(progress: _Progress, end: End) -> Headers:
+    """What every answer says of its judgement."""
+    said = [
+        ("x-sluicegate-outcome", end.outcome),
+        ("x-sluicegate-attempts", str(end.attempts)),
+    ]
+    if progress.prompt is not None:
+        said.append(("x-sluicegate-prompt-severity", progress.prompt.verdict.level.label))
+    levels = [one.verdict.level for one in progress.decisions.values() if one is not None]
+    if levels:
+        said.append(("x-sluicegate-response-severity", max(levels).label))
+    return tuple(said)
+
+
+def _is_stream(response: UpstreamResponse) -> bool:
+    kind = (header(response.headers, "content-type") or "").partition(";")[0]
+    return kind.strip().lower() == "text/event-stream"
 
 
 _PROMPT_OUTCOMES: Final[Mapping[Action, Outcome]] = {
@@ -320,21 +475,16 @@ _PROMPT_OUTCOMES: Final[Mapping[Action, Outcome]] = {
 
 def parse_answer(dialect: Dialect, exchange: Exchange, response: UpstreamResponse) -> Answer:
     """The upstream's answer, streamed or not; ``UpstreamMalformed`` if it cannot be judged."""
-    kind = (header(response.headers, "content-type") or "").partition(";")[0].strip().lower()
-    if kind == "text/event-stream":
-        parser = sse.EventParser()
-        events = [event.data for event in (*parser.feed(response.body), *parser.finish())]
-        events = [data for data in events if data]
-        if not events or events[-1] != "[DONE]":
-            raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
-        return dialect.parse_stream(exchange, events)
     try:
-        body = parse_object(response.body)
+        if _is_stream(response):
+            parser = sse.EventParser()
+            events = [event.data for event in (*parser.feed(response.body), *parser.finish())]
+            return dialect.parse_stream(exchange, [data for data in events if data])
+        return dialect.parse_answer(exchange, parse_object(response.body))
     except BadRequest as error:
         raise UpstreamMalformed(
             f"the upstream's answer cannot be judged: {error.message}"
         ) from None
-    return dialect.parse_answer(exchange, body)
 
 
 def instruction(because: Decision) -> str:

@@ -5,40 +5,63 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
-from models.verdict import nothing
-from service.batcher import Batcher
-from service.errors import GuardUnavailable
-from service.exchange import Direction, Field
+from models.verdict import Verdict, nothing
+from service.errors import GuardUnavailable, TooLarge
+from service.exchange import Direction, Field, FieldName
 from service.policy import Action, Decision, Policy, decide, strongest
+from service.verdict_cache import Digest, VerdictCache
+
+_LOW_SENSITIVITY: Final[frozenset[FieldName]] = frozenset({"tool_definition", "other"})
+"""Fields towards the model that are rarely anybody's words: read one severity milder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """The decision on one field."""
+    """The decision on one field. ``digest`` is the keyed hash of what was judged."""
 
     field: Field
     decision: Decision
+    digest: bytes
 
 
 class FieldJudge:
-    """Judges fields under a policy, within a deadline in seconds."""
+    """Judges fields under a policy, within a deadline in seconds, ``most_fields`` at once."""
 
-    def __init__(self, batcher: Batcher, policy: Policy, deadline: float) -> None:
-        self.batcher = batcher
+    def __init__(
+        self,
+        cache: VerdictCache,
+        digest: Digest,
+        policy: Policy,
+        *,
+        deadline: float,
+        most_fields: int,
+    ) -> None:
         self.policy = policy
+        self._cache = cache
+        self._digest = digest
         self._deadline = deadline
+        self._most_fields = most_fields
 
     async def judge(self, direction: Direction, fields: Sequence[Field]) -> list[Judgement]:
         """A judgement of each field, in their order.
 
         A turn that was answered before is at most annotated, unless the policy's context is
-        ``all``. Raises ``GuardUnavailable``, also where the deadline passes.
+        ``all``. Raises ``TooLarge``, and ``GuardUnavailable``, also where the deadline passes.
         """
+        if len(fields) > self._most_fields:
+            raise TooLarge(
+                f"{len(fields)} texts are to be judged, over the {self._most_fields} of one"
+                " request: send fewer messages, or raise fields_per_request",
+                code="too_many_fields",
+            )
+        digests = [self._digest(field.judged) for field in fields]
         try:
             async with asyncio.timeout(self._deadline):
-                verdicts = await self.batcher.judge(
+                verdicts = await self._cache.judge(
                     [field.judged for field in fields],
+                    digests,
                     # An answer was paid for already: it does not wait behind new prompts.
                     admit=direction == "prompt",
                 )
@@ -46,13 +69,19 @@ class FieldJudge:
             raise GuardUnavailable(
                 "the guard did not answer in time: try again, or raise guard_seconds"
             ) from None
-        judgements = []
-        for field, verdict in zip(fields, verdicts, strict=True):
-            decision = decide(self.policy, direction, verdict)
-            if field.is_past and self.policy.context == "latest_turn":
-                decision = replace(decision, action=min(decision.action, Action.ANNOTATE))
-            judgements.append(Judgement(field, decision))
-        return judgements
+        return [
+            Judgement(field, self._decide(direction, field, verdict), digest)
+            for field, verdict, digest in zip(fields, verdicts, digests, strict=True)
+        ]
+
+    def _decide(self, direction: Direction, field: Field, verdict: Verdict) -> Decision:
+        decision = decide(self.policy, direction, verdict)
+        if direction == "prompt" and field.name in _LOW_SENSITIVITY:
+            milder = decide(self.policy, direction, verdict.milder())
+            decision = replace(milder, verdict=verdict)
+        if field.is_past and self.policy.context == "latest_turn":
+            decision = replace(decision, action=min(decision.action, Action.ANNOTATE))
+        return decision
 
     def prevailing(self, direction: Direction, judgements: Sequence[Judgement]) -> Decision:
         """The decision that prevails over all; where there was nothing to judge, the policy's

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hmac
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.inputs import GuardInput
 from models.taxonomy import Severity
 from service.exchange import Direction
 from service.gate import Outcome
@@ -31,27 +29,16 @@ class Request:
 class Bookkeeper:
     """Opens a ledger for each exchange; holds what all of them share."""
 
-    def __init__(
-        self, metrics: Metrics, recorder: Recorder, policy: Policy, guard_id: str, hash_key: bytes
-    ) -> None:
+    def __init__(self, metrics: Metrics, recorder: Recorder, policy: Policy, guard_id: str) -> None:
         self.metrics = metrics
         self.recorder = recorder
         self.policy = policy
         self.policy_name = f"{policy.id}@{policy.version}"
         self.guard_id = guard_id
-        self._hash_key = hash_key
 
     def open(self, request: Request) -> Ledger:
         """A ledger for one exchange, which begins now."""
         return Ledger(self, request)
-
-    def hash(self, item: GuardInput) -> str:
-        """Keyed hash of exactly what was judged, so that equal texts can be told without a text."""
-        parts = [item.role, item.text]
-        for turn in item.context:
-            parts += (turn.speaker, turn.text)
-        message = "\x00".join(parts).encode("utf-8", "surrogatepass")
-        return hmac.digest(self._hash_key, message, "sha256").hex()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +145,7 @@ class Ledger:
             guard_milliseconds=entry.seconds * 1000,
             upstream_milliseconds=self.upstream_seconds * 1000,
             total_milliseconds=total * 1000,
-            hash=self._keeper.hash(entry.judgement.field.judged),
+            hash=entry.judgement.digest.hex(),
             weight=weight,
         )
 

@@ -14,6 +14,7 @@ from models.verdict import Verdict
 from service.batcher import Batcher
 from service.exchange import Direction
 from service.records import Recorder
+from service.routing import Upstreams
 from service.state import State
 
 _OVERHEAD_BUCKETS: Final = (
@@ -68,6 +69,18 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
+        self.cache_requests = Counter(
+            "sluicegate_cache_requests_total",
+            "Texts whose verdict was looked up, by whether it was there.",
+            ["tier", "result"],
+            registry=registry,
+        )
+        self.upstream_requests = Counter(
+            "sluicegate_upstream_requests_total",
+            "Calls of each upstream, by whether it answered.",
+            ["upstream", "result"],
+            registry=registry,
+        )
         self.guard_seconds = Histogram(
             "sluicegate_guard_seconds",
             "Time for the verdicts of one direction, queue included.",
@@ -106,9 +119,19 @@ class Metrics:
             registry=registry,
         )
 
-    def watch(self, batcher: Batcher, state: State, recorder: Recorder) -> None:
+    def watch(
+        self, batcher: Batcher, state: State, recorder: Recorder, upstreams: Upstreams
+    ) -> None:
         """Shows what these parts count themselves, as it stands when it is asked for."""
-        self.registry.register(_Watched(batcher, state, recorder))
+        self.registry.register(_Watched(batcher, state, recorder, upstreams))
+
+    def cached(self, is_hit: bool) -> None:
+        """A verdict was looked up."""
+        self.cache_requests.labels("local", "hit" if is_hit else "miss").inc()
+
+    def upstream_answered(self, upstream: str, is_answered: bool) -> None:
+        """An upstream was called."""
+        self.upstream_requests.labels(upstream, "answered" if is_answered else "failed").inc()
 
     def batch(self, rows: int, tokens: int, seconds: float) -> None:
         """A batch of the guard was scored."""
@@ -128,10 +151,13 @@ class Metrics:
 class _Watched(Collector):
     """Figures that other parts hold."""
 
-    def __init__(self, batcher: Batcher, state: State, recorder: Recorder) -> None:
+    def __init__(
+        self, batcher: Batcher, state: State, recorder: Recorder, upstreams: Upstreams
+    ) -> None:
         self._batcher = batcher
         self._state = state
         self._recorder = recorder
+        self._upstreams = upstreams
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         """One family each."""
@@ -145,6 +171,14 @@ class _Watched(Collector):
             "Whether Redis answers (1) or not (0).",
             float(self._state.available),
         )
+        upstreams = GaugeMetricFamily(
+            "sluicegate_upstream_up",
+            "Whether an upstream is asked (1), or left alone after failures (0).",
+            labels=["upstream"],
+        )
+        for route in self._upstreams.routes:
+            upstreams.add_metric([route.name], float(route.is_available))
+        yield upstreams
         records = CounterMetricFamily(
             "sluicegate_records", "Records, by what became of them.", labels=["result"]
         )

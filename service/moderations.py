@@ -14,7 +14,7 @@ from models import taxonomy
 from models.inputs import GuardInput
 from models.taxonomy import CATEGORIES, SIGNALS, Severity
 from models.verdict import OPERATING_POINT, Coverage, Verdict
-from service.errors import BadRequest, TooLarge, UnknownModel, UnsupportedModality
+from service.errors import BadRequest, TooLarge, UnknownModel, Unscannable
 from service.exchange import Field
 
 _ALIASES: Final = re.compile(r"(omni|text)-moderation-[a-z0-9.-]{1,64}")
@@ -71,7 +71,7 @@ def _part(part: object, path: str) -> str:
     if kind == "text":
         return _not_empty(part.get("text"), f"{path}.text")
     if kind == "image_url":
-        raise UnsupportedModality(f"{path} is an image, which no guard here judges yet", param=path)
+        raise Unscannable(f"{path} is an image, which no guard here judges yet", param=path)
     raise BadRequest(f"{path}.type must be text or image_url", param=f"{path}.type")
 
 

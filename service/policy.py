@@ -7,7 +7,7 @@ the last must match everything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -117,6 +117,8 @@ class RefusalText(_Part):
 
     text: str = "I can't help with that."
     finish_reason: Literal["stop", "content_filter"] = "stop"
+    status: Literal[200, 400] = 200
+    """Of a blocked prompt: a message, or an error as Azure has it."""
 
 
 class Recording(_Part):
@@ -146,6 +148,8 @@ class Policy(_Part):
     """Whether an old flagged turn still counts."""
     fail: Literal["closed", "open"] = "closed"
     """What happens to an exchange that no guard could judge."""
+    unscannable: Literal["block", "allow"] = "block"
+    """What happens to what no guard here can read, such as a file."""
     regenerate: Regenerate = Regenerate()
     refusal: RefusalText = RefusalText()
     record: Recording = Recording()
@@ -183,6 +187,14 @@ def decide(policy: Policy, direction: Direction, verdict: Verdict) -> Decision:
 def strongest(decisions: Iterable[Decision]) -> Decision:
     """The decision that prevails: the strongest action, then the gravest verdict."""
     return max(decisions, key=lambda one: (one.action, one.verdict.severity_score))
+
+
+def tightened(decision: Decision) -> Decision:
+    """The decision of a client that asked for flagged texts to be blocked: never a milder one."""
+    is_flagged = decision.verdict.level > Severity.NONE
+    if is_flagged and decision.action < Action.REGENERATE:
+        return replace(decision, action=Action.BLOCK)
+    return decision
 
 
 def read_policy(path: Path) -> Policy:

@@ -18,6 +18,7 @@ from models.checkpoint import CheckpointError
 from models.guard import Guard
 from models.text_guard import TextGuard
 from service.batcher import Batcher
+from service.breaker import Breaker
 from service.errors import ConfigurationError
 from service.gateway import Gateway
 from service.judgement import FieldJudge
@@ -25,10 +26,12 @@ from service.ledger import Bookkeeper
 from service.metrics import Metrics
 from service.policy import Policy, read_policy
 from service.records import Recorder
-from service.settings import Settings
+from service.routing import Route, Upstreams
+from service.settings import Settings, UpstreamSettings
 from service.spool import Spool
 from service.state import State
 from service.upstream import Deadlines, Upstream
+from service.verdict_cache import VerdictCache, keyed_digest
 
 _SPOOL_BYTES: Final = 64 * 2**20
 
@@ -45,7 +48,7 @@ class Runtime:
     keeper: Bookkeeper
     metrics: Metrics
     state: State
-    upstream: Upstream | None
+    upstreams: Upstreams
 
 
 @asynccontextmanager
@@ -68,12 +71,12 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         stack.push_async_callback(spool.close)
         recorder = Recorder(state, spool)
         stack.push_async_callback(recorder.close)
-        upstream = _upstream(settings)
-        if upstream is not None:
-            await upstream.open()
-            stack.push_async_callback(upstream.close)
-        guard = await loading
         metrics = Metrics(CollectorRegistry())
+        upstreams = _upstreams(settings, metrics)
+        for route in upstreams.routes:
+            await route.open()
+            stack.push_async_callback(route.close)
+        guard = await loading
         batcher = Batcher(
             guard,
             token_budget=settings.batch_tokens,
@@ -83,12 +86,18 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         )
         batcher.start()
         stack.push_async_callback(batcher.close)
-        judge = FieldJudge(batcher, policy, settings.guard_seconds)
-        keeper = Bookkeeper(metrics, recorder, policy, guard.id, _hash_key(directory))
-        metrics.watch(batcher, state, recorder)
+        judge = FieldJudge(
+            VerdictCache(batcher, settings.cached_verdicts, metrics.cached),
+            keyed_digest(_hash_key(directory), guard.id),
+            policy,
+            deadline=settings.guard_seconds,
+            most_fields=settings.fields_per_request,
+        )
+        keeper = Bookkeeper(metrics, recorder, policy, guard.id)
+        metrics.watch(batcher, state, recorder, upstreams)
         metrics.build.labels(version("sluicegate"), guard.id, keeper.policy_name).set(1)
-        gateway = Gateway(judge, upstream, keeper)
-        yield Runtime(settings, policy, guard, judge, gateway, keeper, metrics, state, upstream)
+        gateway = Gateway(judge, upstreams, keeper)
+        yield Runtime(settings, policy, guard, judge, gateway, keeper, metrics, state, upstreams)
 
 
 def _load_guard(settings: Settings, given: Guard | None) -> Guard:
@@ -107,22 +116,35 @@ async def _settled(task: asyncio.Task[Guard]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _upstream(settings: Settings) -> Upstream | None:
-    if settings.upstream is None:
-        return None
-    key = settings.upstream_key.get_secret_value() if settings.upstream_key else None
-    deadlines = Deadlines(
-        connect=settings.upstream_connect_seconds,
-        first_byte=settings.upstream_first_byte_seconds,
-        idle=settings.upstream_idle_seconds,
-        total=settings.upstream_total_seconds,
-    )
-    return Upstream(
-        settings.upstream,
-        api_key=key,
-        deadlines=deadlines,
+def _upstreams(settings: Settings, metrics: Metrics) -> Upstreams:
+    given = list(settings.upstreams)
+    if settings.upstream is not None:
+        given.append(
+            UpstreamSettings(
+                name="default",
+                url=settings.upstream,
+                key=settings.upstream_key,
+                ca_file=settings.upstream_ca_file,
+            )
+        )
+    return Upstreams([_route(one, settings, metrics) for one in given])
+
+
+def _route(given: UpstreamSettings, settings: Settings, metrics: Metrics) -> Route:
+    upstream = Upstream(
+        given.url,
+        api_key=given.key.get_secret_value() if given.key else None,
+        deadlines=Deadlines(
+            connect=given.connect_seconds or settings.upstream_connect_seconds,
+            first_byte=given.first_byte_seconds or settings.upstream_first_byte_seconds,
+            idle=given.idle_seconds or settings.upstream_idle_seconds,
+            total=given.total_seconds or settings.upstream_total_seconds,
+        ),
         max_body_bytes=settings.upstream_body_bytes,
+        ca_file=given.ca_file,
     )
+    breaker = Breaker(settings.upstream_failures, settings.upstream_rest_seconds)
+    return Route(given.name, given.models, upstream, breaker, metrics.upstream_answered)
 
 
 def _data_directory(path: Path) -> Path:

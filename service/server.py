@@ -128,9 +128,13 @@ def _announce(runtime: Runtime, public: socket.socket, admin: socket.socket | No
         logger.info("metrics on http://%s:%s", *admin.getsockname()[:2])
     logger.info("guard %s on %s threads", runtime.guard.id, settings.guard_threads)
     logger.info("policy %s", runtime.keeper.policy_name)
-    if runtime.upstream is None:
+    if not runtime.upstreams.routes:
         logger.info("no upstream: only moderation is served; set one with --upstream URL")
-    else:
+    for given in settings.upstreams:
+        logger.info("guarding %s (%s) for %s", given.url, given.name, ", ".join(given.models))
+    if settings.upstream is not None:
         logger.info("guarding %s", settings.upstream)
+    for route in settings.open_routes:
+        logger.warning("%s passes unscanned, as open_routes says", route)
     if not runtime.state.available:
         logger.warning("degraded: %s", runtime.state.problem)

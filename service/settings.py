@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -31,6 +40,25 @@ def default_data_directory() -> Path:
     return Path(base) / "sluicegate"
 
 
+class UpstreamSettings(BaseModel):
+    """One of several upstreams. Deadlines that are not given are the general ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """In metrics and errors."""
+    url: str
+    models: tuple[str, ...] = ("*",)
+    """Names of models, or patterns such as ``llama-*``."""
+    key: SecretStr | None = None
+    ca_file: Path | None = None
+    """Certificates to trust in place of the system's."""
+    connect_seconds: float | None = Field(default=None, gt=0)
+    first_byte_seconds: float | None = Field(default=None, gt=0)
+    idle_seconds: float | None = Field(default=None, gt=0)
+    total_seconds: float | None = Field(default=None, gt=0)
+
+
 class Settings(BaseSettings):
     """Frozen; secrets are masked in its representation."""
 
@@ -48,6 +76,13 @@ class Settings(BaseSettings):
     """Base URL of the server that is guarded, such as http://127.0.0.1:8000."""
     upstream_key: SecretStr | None = None
     """Sent to the upstream in place of the client's own key."""
+    upstreams: tuple[UpstreamSettings, ...] = ()
+    """Several, by model; the first that serves a model is asked, ``upstream`` last."""
+    upstream_ca_file: Path | None = None
+    upstream_failures: int = Field(default=5, ge=1)
+    """Failures in a row after which an upstream is left alone."""
+    upstream_rest_seconds: float = Field(default=10.0, gt=0)
+    """For how long, before it is tried once."""
     upstream_connect_seconds: float = Field(default=5.0, gt=0)
     upstream_first_byte_seconds: float = Field(default=300.0, gt=0)
     upstream_idle_seconds: float = Field(default=60.0, gt=0)
@@ -72,6 +107,20 @@ class Settings(BaseSettings):
     batch_tokens: int = Field(default=4096, ge=256, le=16384)
     waiting_windows: int = Field(default=16384, ge=1)
     """Windows of text that may wait for the guard before new requests are told to come back."""
+    fields_per_request: int = Field(default=4096, ge=1)
+    """Messages, tools, documents and the like of one request."""
+    cached_verdicts: int = Field(default=16384, ge=0)
+    """Verdicts that are remembered, so that a conversation's earlier turns cost nothing."""
+    open_routes: tuple[str, ...] = ()
+    """Routes of the upstream that pass unscanned, as ``POST /v1/rerank``."""
+
+    @field_validator("open_routes")
+    @classmethod
+    def _routes_are_methods_and_paths(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for route in value:
+            if not re.fullmatch(r"(GET|POST|PUT|DELETE) /[\w./-]*", route):
+                raise ValueError(f"{route!r} is no route: write it as POST /v1/rerank")
+        return value
 
     @field_validator("upstream")
     @classmethod
@@ -85,6 +134,9 @@ class Settings(BaseSettings):
                 f"host {self.host} is open to other machines and no keys are set:"
                 " listen on 127.0.0.1, or say allow_unauthenticated: true"
             )
+        names = [one.name for one in self.upstreams]
+        if len({*names, "default"}) != len(names) + 1:
+            raise ValueError("upstreams: each needs a name of its own, and default is upstream's")
         admin_port = ADMIN_PORT if self.admin_port is None else self.admin_port
         if self.admin_is_apart and self.port and admin_port == self.port:
             raise ValueError(f"port and admin_port are both {self.port}: give two")

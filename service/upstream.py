@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from types import TracebackType
 from urllib.parse import urlsplit
@@ -61,6 +63,17 @@ def parse_base_url(url: str) -> str:
         raise ConfigurationError("The upstream URL must end before any '?' or '#'.")
     path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path}"
+
+
+def _trust(ca_file: Path | None) -> ssl.SSLContext | bool:
+    """Whom to trust over TLS: the certificates of a file, or the system's."""
+    if ca_file is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        reason = error.strerror or "it holds no certificate"
+        raise ConfigurationError(f"ca_file {ca_file} cannot be used: {reason}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +318,13 @@ class Upstream:
     """
 
     def __init__(
-        self, base_url: str, *, api_key: str | None, deadlines: Deadlines, max_body_bytes: int
+        self,
+        base_url: str,
+        *,
+        api_key: str | None,
+        deadlines: Deadlines,
+        max_body_bytes: int,
+        ca_file: Path | None = None,
     ) -> None:
         self._base_url = parse_base_url(base_url)
         self._deadlines = deadlines
@@ -313,13 +332,17 @@ class Upstream:
         self._authorization = f"Bearer {api_key}" if api_key is not None else None
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigurationError("The upstream's key may hold printable ASCII only.")
+        self._trust = _trust(ca_file)
         self._session: aiohttp.ClientSession | None = None
 
     async def open(self) -> None:
         """Makes the pool; connections are made when they are needed."""
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=_IDLE_CONNECTION_SECONDS, socket_factory=_open_socket
+                limit=0,
+                keepalive_timeout=_IDLE_CONNECTION_SECONDS,
+                socket_factory=_open_socket,
+                ssl=self._trust,
             ),
             # The other deadlines are kept here, where a slow reader is not a slow upstream.
             timeout=aiohttp.ClientTimeout(total=None, connect=self._deadlines.connect),
@@ -346,6 +369,12 @@ class Upstream:
         ``headers`` are those that ``request_headers`` gives.
         """
         return await self._whole("POST", path, body, headers)
+
+    async def send(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+    ) -> UpstreamResponse:
+        """The whole answer to a request of any method. Raises UpstreamError."""
+        return await self._whole(method, path, body, headers)
 
     @asynccontextmanager
     async def stream(

@@ -3,10 +3,11 @@
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -22,6 +23,7 @@ from service.server import bind, by_port, server_config
 from service.settings import PREFIX, Settings
 from tests.fake_upstream import FakeUpstream
 from tests.guards import WordGuard
+from tests.service.rig import MakeRig, Rig, open_rig
 
 T = TypeVar("T")
 
@@ -162,3 +164,19 @@ class _Uvicorn(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
         self._listens()
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> MakeRig:
+    """Opens rigs whose data lies in the test's own directory."""
+
+    def make(*arguments: Any, **options: Any) -> AbstractAsyncContextManager[Rig]:
+        return open_rig(tmp_path, *arguments, **options)
+
+    return make
+
+
+@pytest.fixture
+async def rig(make_rig: MakeRig) -> AsyncIterator[Rig]:
+    async with make_rig() as made:
+        yield made

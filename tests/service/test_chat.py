@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service import sse
 from service.body import strings
 from service.chat import ChatDialect
-from service.errors import BadRequest, UnsupportedModality, UpstreamMalformed
+from service.errors import BadRequest, UpstreamMalformed
 from service.exchange import Exchange, Refusal, Retry
 
 CHAT = ChatDialect()
@@ -46,7 +46,7 @@ class TestRequests:
         assert scanned(exchange) == [
             ("system", "prompt", "Be kind."),
             ("message", "prompt", "a"),
-            ("text", "response", "b"),
+            ("prefill", "response", "b"),
         ]
         assert [turn.text for turn in exchange.fields[2].judged.context] == ["Be kind.", "a"]
 
@@ -135,7 +135,6 @@ class TestRequests:
             ({"model": "m", "messages": [user("a")], "stream": "yes"}, "stream"),
             ({"model": "m", "messages": [user("a")], "n": 0}, "n"),
             ({"model": "m", "messages": [user("a")], "n": True}, "n"),
-            ({"model": "m", "messages": [user("a")], "chat_template": "{{x}}"}, "chat_template"),
         ],
     )
     def test_a_malformed_request_names_the_key(self, body: dict[str, Any], param: str) -> None:
@@ -144,10 +143,45 @@ class TestRequests:
         assert caught.value.param == param
 
     @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "video_url", "new"])
-    def test_a_part_that_nobody_judges_is_not_forwarded(self, kind: str) -> None:
-        with pytest.raises(UnsupportedModality) as caught:
-            parsed({"role": "user", "content": [{"type": kind, kind: {"url": "x"}}]})
-        assert caught.value.param == "messages[0].content[0]"
+    def test_a_part_that_nobody_judges_is_named(self, kind: str) -> None:
+        parts = [{"type": "text", "text": "look"}, {"type": kind, kind: {"url": "x"}}]
+        exchange = parsed({"role": "user", "content": parts})
+        assert exchange.unscannable == ("messages[0].content[1]",)
+        assert scanned(exchange) == [("message", "prompt", "look")]
+
+    @pytest.mark.parametrize(
+        ("extra", "path"),
+        [
+            ({"chat_template": "{{x}}"}, "chat_template"),
+            ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+            ({"prompt_token_ids": [1, 2]}, "prompt_token_ids"),
+            ({"new": {"tokens": [[1, 2]]}, "new_tokens": [[1, 2]]}, "new_tokens"),
+        ],
+    )
+    def test_what_hides_words_from_a_guard_is_named(self, extra: Any, path: str) -> None:
+        assert parsed(user("a"), **extra).unscannable == (path,)
+
+    @pytest.mark.parametrize(
+        ("value", "blocks"),
+        [
+            ({}, (False, False)),
+            ({"model": "omni-moderation-latest"}, (False, False)),
+            ({"policy": {"input": {"mode": "block"}}}, (True, False)),
+            ({"policy": {"input": {"mode": "score"}, "output": {"mode": "block"}}}, (False, True)),
+            ({"policy": {"input": None, "output": {}}}, (False, False)),
+        ],
+    )
+    def test_openais_moderation_key(self, value: Any, blocks: tuple[bool, bool]) -> None:
+        asked = parsed(user("a"), moderation=value).moderation
+        assert asked is not None
+        assert (asked.blocks_prompt, asked.blocks_response) == blocks
+
+    @pytest.mark.parametrize(
+        "value", ["x", {"policy": "x"}, {"policy": {"input": {"mode": "loud"}}}]
+    )
+    def test_a_moderation_key_that_is_none_is_refused(self, value: Any) -> None:
+        with pytest.raises(BadRequest, match="moderation"):
+            parsed(user("a"), moderation=value)
 
     def test_our_own_key_is_the_only_one_taken_out(self) -> None:
         assert CHAT.forwarded(parsed(user("a"), top_k=3)) is None
@@ -204,7 +238,7 @@ class TestAnswers:
         ],
     )
     def test_an_answer_that_cannot_be_read_cannot_be_judged(self, body: dict[str, Any]) -> None:
-        with pytest.raises(UpstreamMalformed):
+        with pytest.raises((UpstreamMalformed, BadRequest)):
             CHAT.parse_answer(self.EXCHANGE, body)
 
     @pytest.mark.parametrize(
@@ -261,7 +295,7 @@ class TestRendering:
         self, messages: list[dict[str, Any]], expected: list[dict[str, Any]]
     ) -> None:
         exchange = parsed(*messages, temperature=1, n=3)
-        body = CHAT.retried(exchange, Retry(seed=5, instruction="I", choices=1))
+        body = CHAT.retried(exchange, Retry(seed=5, instruction="I", choices=(2,)))
         assert body["messages"] == expected
         assert (body["seed"], body["n"], body["temperature"]) == (5, 1, 1)
         assert exchange.body["messages"] == messages

@@ -9,7 +9,7 @@ import pytest
 from models.inputs import Turn
 from models.taxonomy import CATEGORIES, SIGNALS
 from service import checks
-from service.errors import BadRequest, UnknownModel, UnsupportedModality
+from service.errors import BadRequest, UnknownModel, Unscannable
 from service.exchange import Direction, Field
 from tests.guards import CANARY
 from tests.service.conftest import Server, StartServer
@@ -101,7 +101,7 @@ class TestParsing:
             ({"messages": [{"role": "poet", "content": BAKE}]}, "messages[0].role"),
             ({"messages": [{"role": [], "content": BAKE}]}, "messages[0].role"),
             ({"messages": [user(3)]}, "messages[0].content"),
-            ({"messages": [user(["a"])]}, "messages[0].content[0]"),
+            ({"messages": [user([3])]}, "messages[0].content[0]"),
             ({"messages": [user([{"type": "text", "text": 3}])]}, "messages[0].content[0].text"),
             ({"prompt": BAKE, "model": 3}, "model"),
         ],
@@ -115,7 +115,7 @@ class TestParsing:
 
     def test_images_and_other_models_have_their_own_codes(self) -> None:
         image = {"type": "image_url", "image_url": {"url": "x"}}
-        with pytest.raises(UnsupportedModality):
+        with pytest.raises(Unscannable):
             parsed(messages=[user([image])])
         with pytest.raises(UnknownModel):
             parsed(prompt=BAKE, model="gpt-4o")

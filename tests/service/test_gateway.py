@@ -2,17 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import aiohttp
 import pytest
 
 from models.taxonomy import Severity
-from service.body import dumps, parse_object
-from service.chat import ChatDialect
 from service.errors import (
     GuardUnavailable,
     NoUpstream,
@@ -21,87 +16,10 @@ from service.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from service.gateway import Incoming, Reply
 from service.policy import Action, Policy, Regenerate, Rule
-from service.records import Record
-from service.runtime import Runtime, open_runtime
-from service.settings import Settings
-from tests.fake_upstream import Answer, FakeUpstream, ToolCall, text, tools
-from tests.guards import BrokenGuard, WordGuard
-
-CHAT = ChatDialect()
-SAFE, BAD, GRAVE = "a fine day", "minor-insulting_behavior here", "severe-violence here"
-REFUSAL = "I can't help with that."
-
-
-class Rig:
-    """A runtime before a fake upstream."""
-
-    def __init__(self, runtime: Runtime, fake: FakeUpstream) -> None:
-        self.runtime = runtime
-        self.fake = fake
-
-    async def send(self, prompt: str = SAFE, **more: Any) -> Reply:
-        body = {"model": "m", "messages": [{"role": "user", "content": prompt}], **more}
-        return await self.send_raw(dumps(body).encode())
-
-    async def send_raw(self, raw: bytes, headers: dict[str, str] | None = None) -> Reply:
-        incoming = Incoming("id1", CHAT.path, raw, parse_object(raw), headers or {})
-        return await self.runtime.gateway.handle(CHAT, incoming)
-
-    def answers(self, *answers: Answer) -> None:
-        self.fake.answers = list(answers)
-
-    async def records(self) -> list[Record]:
-        return list(reversed(await self.runtime.keeper.recorder.recent(100)))
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.runtime.metrics.registry.get_sample_value(f"sluicegate_{name}", labels) or 0.0
-
-
-MakeRig = Callable[..., AbstractAsyncContextManager[Rig]]
-
-
-@pytest.fixture
-def make_rig(tmp_path: Path) -> MakeRig:
-    @asynccontextmanager
-    async def make(
-        policy: Policy | None = None, guard: Any = None, **settings: Any
-    ) -> AsyncIterator[Rig]:
-        file = None
-        if policy is not None:
-            file = tmp_path / "policy.yaml"
-            values = policy.model_dump(mode="json")
-            for rule, shown in zip(policy.rules, values["rules"], strict=True):
-                shown |= {"action": rule.action.label, "severity": rule.severity.label}
-            file.write_text(json.dumps(values), "utf-8")
-        async with FakeUpstream() as fake:
-            made = Settings(
-                upstream=settings.pop("upstream", fake.url),
-                data_directory=tmp_path / "data",
-                policy=file,
-                **settings,
-            )
-            async with open_runtime(made, guard or WordGuard()) as runtime:
-                yield Rig(runtime, fake)
-
-    return make
-
-
-@pytest.fixture
-async def rig(make_rig: MakeRig) -> AsyncIterator[Rig]:
-    async with make_rig() as made:
-        yield made
-
-
-def content(reply: Reply, choice: int = 0) -> str | None:
-    message: dict[str, str | None] = json.loads(reply.body)["choices"][choice]["message"]
-    return message["content"]
-
-
-def shown(reply: Reply) -> tuple[str, str]:
-    headers = dict(reply.headers)
-    return headers["x-sluicegate-outcome"], headers["x-sluicegate-attempts"]
+from tests.fake_upstream import Answer, ToolCall, text, tools
+from tests.guards import BrokenGuard
+from tests.service.rig import BAD, GRAVE, REFUSAL, SAFE, MakeRig, Rig, content, shown
 
 
 class TestPassing:
@@ -114,7 +32,7 @@ class TestPassing:
             b'{ "stream":%s, "messages":[{"content":"caf\\u00e9","role":"user"}],"model":"m" }'
             % (b"true" if stream else b"false")
         )
-        reply = await rig.send_raw(raw, {"content-type": "application/json", "x-new": "1"})
+        reply = await rig.send_raw(raw, headers={"content-type": "application/json", "x-new": "1"})
         (received,) = rig.fake.received
         assert received.body == raw
         assert ("x-new", "1") in received.headers

@@ -80,7 +80,8 @@ def test_every_label_is_one_of_a_fixed_set(families: dict[str, Metric]) -> None:
         "severity": {"minor", "moderate", "severe"},
         "route": {"/v1/moderations", "/v1/guard", "/v1/chat/completions"},
         "status": {"200", "400", "503"},
-        "result": {"stored", "spooled", "duplicates", "unreadable", "lost"},
+        "result": {"stored", "spooled", "duplicates", "unreadable", "lost", "hit", "miss"},
+        "tier": {"local"},
         "version": {version("sluicegate")},
         "guard": {"words-1"},
         "policy": {"default@1"},
@@ -103,7 +104,9 @@ def test_what_happened_is_counted(server: Server) -> None:
     assert server.sample("flagged_total", category="drugs", severity="minor", **flagged) == 1
     assert server.sample("flagged_total", category="violence", severity="severe", **flagged) == 1
     assert server.sample("guard_seconds_count", direction="prompt") == 2
-    assert server.sample("guard_batch_rows_sum") == 5
+    assert server.sample("guard_batch_rows_sum") == 4
+    # The prompt of the native check had been moderated before.
+    assert server.sample("cache_requests_total", tier="local", result="hit") == 1
     assert server.sample("overhead_seconds_count") == 3
     assert server.sample("guard_waiting_windows") == 0
     assert server.sample("state_up") == 1

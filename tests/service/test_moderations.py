@@ -11,7 +11,7 @@ from models import taxonomy
 from models.taxonomy import CATEGORIES, SIGNALS
 from models.verdict import Coverage, Verdict
 from service import moderations
-from service.errors import BadRequest, TooLarge, UnknownModel, UnsupportedModality
+from service.errors import BadRequest, TooLarge, UnknownModel, Unscannable
 from tests.guards import CANARY
 from tests.service.conftest import Server, StartServer
 
@@ -80,9 +80,9 @@ class TestParsing:
             moderations.parse({"text": "a"}, "ours", 1)
 
     def test_images_are_refused_as_what_no_guard_judges(self) -> None:
-        with pytest.raises(UnsupportedModality) as refused:
+        with pytest.raises(Unscannable) as refused:
             texts([part("a"), IMAGE])
-        assert (refused.value.code, refused.value.param) == ("unsupported_modality", "input[1]")
+        assert (refused.value.code, refused.value.param) == ("unscannable", "input[1]")
 
     def test_more_inputs_than_one_request_may_hold_are_refused(self) -> None:
         assert len(texts(["a"] * 5, most=5)) == 5
@@ -288,7 +288,7 @@ class TestOverHttp:
         [
             ({"input": ""}, openai.BadRequestError, "invalid_request", "input"),
             ({"input": []}, openai.BadRequestError, "invalid_request", "input"),
-            ({"input": [IMAGE]}, openai.BadRequestError, "unsupported_modality", "input[0]"),
+            ({"input": [IMAGE]}, openai.BadRequestError, "unscannable", "input[0]"),
             ({"input": CANARY, "model": CANARY}, openai.NotFoundError, "model_not_found", "model"),
             (
                 {"input": [CANARY] * 21},

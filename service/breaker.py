@@ -1,0 +1,54 @@
+"""A circuit breaker: after failures in a row a server is left alone, then tried once. Pure.
+
+closed ── failures in a row ──▶ open ── seconds passed ──▶ one trial ── success ──▶ closed
+                                 ▲                             └────── failure ──┐
+                                 └──────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+
+class Breaker:
+    """Opens after ``failures`` in a row, for ``seconds``. Times are in seconds of any one clock."""
+
+    def __init__(self, failures: int, seconds: float) -> None:
+        self._most = failures
+        self._seconds = seconds
+        self._failures = 0
+        self._opened: float | None = None
+        self._is_trying = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether calls pass as usual."""
+        return self._opened is None
+
+    def remaining(self, now: float) -> float:
+        """Seconds until a call may pass; 0 where one may now, which then is the trial."""
+        if self._opened is None:
+            return 0.0
+        left = self._opened + self._seconds - now
+        if left > 0:
+            return left
+        if self._is_trying:
+            # Its outcome is about to be known.
+            return 1.0
+        self._is_trying = True
+        return 0.0
+
+    def succeeded(self) -> None:
+        """A call was answered."""
+        self._failures = 0
+        self._opened = None
+        self._is_trying = False
+
+    def failed(self, now: float) -> None:
+        """A call failed in a way that speaks against the server."""
+        self._failures += 1
+        if self._is_trying or self._failures >= self._most:
+            self._opened = now
+        self._is_trying = False
+
+    def abandoned(self) -> None:
+        """A call ended with nothing learnt of the server, as when its client went away."""
+        self._is_trying = False

@@ -1,0 +1,154 @@
+"""Streams of ``/v1/chat/completions``: chunks to a whole answer, and the reverse.
+
+Reference: OpenAI API, "The chat completion chunk object".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from service import extractor, verdict_shapes
+from service.errors import UpstreamMalformed
+from service.exchange import Annotations
+
+_DONE = "[DONE]"
+
+
+def objects(events: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The chunks in the data of a stream's events, which must end with ``[DONE]``."""
+    if not events or events[-1] != _DONE:
+        raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
+    for data in events:
+        if data == _DONE:
+            continue
+        try:
+            chunk = json.loads(data)
+        except ValueError:
+            raise UpstreamMalformed("an event of the upstream's stream is not JSON") from None
+        if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
+            raise UpstreamMalformed("an event of the upstream's stream is not a chunk")
+        yield chunk
+
+
+def whole(events: Sequence[str]) -> dict[str, Any]:
+    """The answer that all events of a stream add up to, as if it had not been streamed."""
+    head: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    for chunk in objects(events):
+        for key, value in chunk.items():
+            if key != "choices":
+                head[key] = later(head.get(key), value)
+        for item in chunk["choices"]:
+            _add(choices, item)
+    if not choices:
+        raise UpstreamMalformed("the upstream's stream ended without an answer")
+    return head | {
+        "object": "chat.completion",
+        "choices": [choices[index] for index in sorted(choices)],
+    }
+
+
+def chunks(body: Mapping[str, Any], shows_usage: bool) -> Iterator[Mapping[str, Any]]:
+    """Role, text and end of each choice; then usage and verdicts, where they were asked for."""
+    shared = {
+        "id": body.get("id"),
+        "object": "chat.completion.chunk",
+        "created": body.get("created"),
+        "model": body.get("model"),
+    }
+    if "prompt_filter_results" in body:
+        results = body["prompt_filter_results"]
+        yield shared | {"choices": [], "prompt_filter_results": results}
+    for choice in body["choices"]:
+        message = {k: v for k, v in choice["message"].items() if v is not None and v != []}
+        if "tool_calls" in message:
+            message["tool_calls"] = [
+                {"index": number, **call} for number, call in enumerate(message["tool_calls"])
+            ]
+        opening = {"role": message.pop("role", "assistant"), "content": ""}
+        index = choice["index"]
+        for delta in (opening, message):
+            item = {"index": index, "delta": delta, "finish_reason": None}
+            yield shared | {"choices": [item]}
+        end = {"index": index, "delta": {}, "finish_reason": choice.get("finish_reason")}
+        if "content_filter_results" in choice:
+            end["content_filter_results"] = choice["content_filter_results"]
+        yield shared | {"choices": [end]}
+    if shows_usage:
+        yield shared | {"choices": [], "usage": body.get("usage")}
+    if "moderation" in body:
+        yield shared | {"choices": [], "moderation": body["moderation"]}
+
+
+def annotation_chunks(asked: Annotations) -> Iterator[Mapping[str, Any]]:
+    """Verdicts on a stream that was passed as it came, in chunks without text."""
+    empty = {"id": "", "object": "chat.completion.chunk", "created": 0, "model": ""}
+    if asked.azure:
+        yield empty | {
+            "choices": [
+                {
+                    "index": index,
+                    "delta": {},
+                    "finish_reason": None,
+                    "content_filter_results": verdict_shapes.choice_filter_results(asked, index),
+                }
+                for index in sorted(asked.choices)
+            ],
+            "prompt_filter_results": verdict_shapes.prompt_filter_results(asked),
+        }
+    if asked.openai:
+        yield empty | {"choices": [], "moderation": verdict_shapes.moderation(asked)}
+
+
+def later(old: Any, new: Any) -> Any:
+    """What stands under a key that comes again: the later value, or both, so that none of what a
+    client reads is lost from what is judged.
+    """
+    if new is None:
+        return old
+    return new if old is None or old == new or extractor.are_words(old) else [old, new]
+
+
+def _add(choices: dict[int, dict[str, Any]], item: Any) -> None:
+    """Adds a chunk's choice to the message that it belongs to."""
+    if not isinstance(item, dict) or type(item.get("index")) is not int:
+        raise UpstreamMalformed("a choice in the upstream's stream has no index")
+    empty = {"index": item["index"], "message": {"role": "assistant"}, "finish_reason": None}
+    choice = choices.setdefault(item["index"], empty)
+    delta = item.get("delta")
+    if not isinstance(delta, dict | None):
+        raise UpstreamMalformed("a choice in the upstream's stream has no delta")
+    for key, value in item.items():
+        if key not in ("index", "delta", "logprobs"):
+            choice[key] = later(choice.get(key), value)
+    message = choice["message"]
+    for key, value in (delta or {}).items():
+        if value is None:
+            message.setdefault(key, None)
+        elif key == "tool_calls":
+            _add_calls(message.setdefault("tool_calls", []), value)
+        elif key != "role" and isinstance(value, str):
+            message[key] = (message.get(key) or "") + value
+        else:
+            message[key] = later(message.get(key), value)
+
+
+def _add_calls(calls: list[dict[str, Any]], deltas: Any) -> None:
+    for delta in deltas if isinstance(deltas, list) else ():
+        if not isinstance(delta, dict) or type(delta.get("index", 0)) is not int:
+            raise UpstreamMalformed("a tool call in the upstream's stream has no index")
+        position = delta.get("index", 0)
+        if not 0 <= position <= len(calls):
+            raise UpstreamMalformed("a tool call in the upstream's stream is out of order")
+        if position == len(calls):
+            calls.append({"function": {}})
+        call = calls[position]
+        for key, value in delta.items():
+            if key == "function" and isinstance(value, dict):
+                for name, text in value.items():
+                    if isinstance(text, str):
+                        call["function"][name] = call["function"].get(name, "") + text
+            elif key != "index":
+                call[key] = later(call.get(key), value)
