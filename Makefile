@@ -22,7 +22,7 @@ IMAGE ?= sluicegate:0.1.0
 HELM_PYTHON ?= python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint test-oldest test-vllm test-helm image test-image bench constraints clean
+.PHONY: help serve test lint test-oldest test-vllm test-node test-helm image test-image bench constraints clean
 
 help:
 	@echo "serve        start the service on 127.0.0.1:8080"
@@ -30,6 +30,7 @@ help:
 	@echo "lint         check style and types"
 	@echo "test-oldest  run the tests on the oldest supported dependencies, vLLM's end"
 	@echo "test-vllm    drive the proxy before a real vLLM"
+	@echo "test-node    drive the service with an SDK for Node"
 	@echo "test-helm    render the chart with Helm's engine (HELM_PYTHON=python3.12)"
 	@echo "image        build the container image"
 	@echo "test-image   build the image and run it, as root"
@@ -53,6 +54,13 @@ test-oldest: $(VENV)-oldest/.dev
 
 test-vllm: $(VENV)/.dev
 	$(BIN)/pytest -m vllm
+
+test-node: $(VENV)/.dev tests/node/node_modules
+	$(BIN)/pytest -m node
+
+tests/node/node_modules: tests/node/package-lock.json
+	npm ci --prefix tests/node
+	touch $@
 
 test-helm: $(VENV)/.dev $(VENV)-helm/.dev
 	$(BIN)/pytest tests/test_helm.py

@@ -11,9 +11,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from service import checks, moderations, passing
+from service import azure_content_safety as azure
+from service import checks, litellm_guardrail, moderations, passing
 from service.body import parse_object
 from service.chat import ChatDialect
+from service.completions import CompletionsDialect
+from service.embeddings import EmbeddingsDialect
 from service.endpoint import (
     Application,
     Endpoints,
@@ -26,15 +29,29 @@ from service.endpoint import (
 from service.errors import MethodNotAllowed, NotFound, SluicegateError
 from service.exchange import Dialect, Direction, Field
 from service.gate import Outcome
-from service.gateway import Incoming, Reply
+from service.gateway import Incoming
 from service.judgement import Judgement
 from service.ledger import Request as Origin
+from service.messages import MessagesDialect
 from service.passing import OpenRoute, Passing
 from service.policy import Action, Decision
+from service.response_routes import INPUT_ITEMS, ONE, ResponseRoutes
+from service.responses import ResponsesDialect
 from service.runtime import Runtime
 
 _CHAT: Final = ChatDialect()
-_DIALECTS: Final[tuple[Dialect, ...]] = (_CHAT,)
+_MESSAGES: Final = MessagesDialect()
+_RESPONSES: Final = ResponsesDialect()
+_DIALECTS: Final[tuple[Dialect, ...]] = (
+    _CHAT,
+    CompletionsDialect(),
+    _MESSAGES,
+    EmbeddingsDialect(),
+)
+_COUNTED_AS: Final[Mapping[str, Dialect]] = {
+    passing.TOKENIZE: _CHAT,
+    passing.COUNT_TOKENS: _MESSAGES,
+}
 
 ANNOTATIONS_HEADER: Final = "x-sluicegate-annotations"
 """A client's header; ``azure`` asks for Azure's filter results."""
@@ -49,8 +66,16 @@ def create_app(runtime: Runtime) -> FastAPI:
     endpoints = Endpoints(app, runtime.settings, runtime.metrics)
     endpoints.post("/v1/moderations", routes.moderations)
     endpoints.post("/v1/guard", routes.guard)
+    endpoints.post(litellm_guardrail.PATH, routes.litellm, litellm_guardrail.SCHEMA)
+    endpoints.post(azure.ANALYZE_PATH, routes.analyze, azure.ANALYZE_SCHEMA, azure.error_body)
+    endpoints.post(azure.SHIELD_PATH, routes.shield, azure.SHIELD_SCHEMA, azure.error_body)
     for dialect in _DIALECTS:
         endpoints.post(dialect.path, routes.proxy(dialect), dialect.schema, dialect.error)
+    responses = _RESPONSES
+    endpoints.post(responses.path, routes.respond, responses.schema, responses.error)
+    endpoints.add("GET", ONE, routes.response)
+    endpoints.add("DELETE", ONE, routes.forget_response)
+    endpoints.add("GET", INPUT_ITEMS, routes.response_items)
     for path in passing.COUNTING:
         endpoints.post(path, routes.count(path))
     endpoints.add("GET", "/v1/models", routes.models)
@@ -82,7 +107,10 @@ class _Routes:
         self._runtime = runtime
         own = {"id": runtime.guard.id, "object": "model", "created": 0, "owned_by": "sluicegate"}
         self._passing = Passing(
-            runtime.upstreams, runtime.policy, runtime.metrics, {passing.TOKENIZE: _CHAT}, [own]
+            runtime.upstreams, runtime.policy, runtime.metrics, _COUNTED_AS, [own]
+        )
+        self._responses = ResponseRoutes(
+            runtime.gateway, _RESPONSES, runtime.responses, runtime.hash_key
         )
 
     async def moderations(self, request: Request, identity: str, raw: bytes) -> Response:
@@ -103,6 +131,28 @@ class _Routes:
         origin = Origin(identity, "/v1/guard", "guard", guard_id)
         judged = await self._check(origin, fields)
         return json_response(checks.render(identity, guard_id, self._runtime.policy, judged))
+
+    async def litellm(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``litellm_guardrail``."""
+        allows = self._runtime.policy.unscannable == "allow"
+        fields = litellm_guardrail.parse(parse_object(raw), allow_unscannable=allows)
+        origin = Origin(identity, litellm_guardrail.PATH, "litellm", self._runtime.guard.id)
+        return json_response(litellm_guardrail.render(await self._check(origin, fields)))
+
+    async def analyze(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``azure_content_safety``."""
+        asked = azure.parse_analyze(parse_object(raw))
+        origin = Origin(identity, azure.ANALYZE_PATH, "azure", self._runtime.guard.id)
+        judged = await self._check(origin, {"prompt": list(asked.fields)})
+        (judgement,) = judged["prompt"][1]
+        return json_response(azure.render_analyze(asked, judgement.decision.verdict))
+
+    async def shield(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``azure_content_safety``."""
+        asked = azure.parse_shield(parse_object(raw))
+        origin = Origin(identity, azure.SHIELD_PATH, "azure", self._runtime.guard.id)
+        judged = await self._check(origin, {"prompt": list(asked.fields)})
+        return json_response(azure.render_shield(asked, judged["prompt"][1]))
 
     async def _check(
         self, origin: Origin, fields: Mapping[Direction, list[Field]]
@@ -133,20 +183,32 @@ class _Routes:
         """The handler of a dialect's route."""
 
         async def handler(request: Request, identity: str, raw: bytes) -> Response:
-            return replied(await self._handle(dialect, request, identity, raw))
+            incoming = _incoming(dialect.path, request, identity, raw)
+            return replied(await self._runtime.gateway.handle(dialect, incoming))
 
         return handler
 
-    async def _handle(self, dialect: Dialect, request: Request, identity: str, raw: bytes) -> Reply:
-        incoming = Incoming(
-            id=identity,
-            route=dialect.path,
-            raw=raw,
-            body=parse_object(raw),
-            headers=forwardable(request),
-            wants_azure=request.headers.get(ANNOTATIONS_HEADER) == "azure",
-        )
-        return await self._runtime.gateway.handle(dialect, incoming)
+    async def respond(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``ResponseRoutes.create``."""
+        incoming = _incoming(_RESPONSES.path, request, identity, raw)
+        return replied(await self._responses.create(incoming))
+
+    async def response(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``ResponseRoutes.read``."""
+        wanted = request.path_params["identity"]
+        shown = await self._responses.read(wanted, request.query_params, forwardable(request))
+        return json_response(shown)
+
+    async def forget_response(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``ResponseRoutes.delete``."""
+        wanted = request.path_params["identity"]
+        return json_response(await self._responses.delete(wanted, forwardable(request)))
+
+    async def response_items(self, request: Request, identity: str, raw: bytes) -> Response:
+        """See ``ResponseRoutes.input_items``."""
+        wanted = request.path_params["identity"]
+        query, headers = request.query_params, forwardable(request)
+        return json_response(await self._responses.input_items(wanted, query, headers))
 
     def count(self, path: str) -> Handler:
         """The handler of a route that counts."""
@@ -160,7 +222,8 @@ class _Routes:
         """The handler of a route that the operator opened."""
 
         async def handler(request: Request, identity: str, raw: bytes) -> Response:
-            return replied(await self._passing.opened(route, raw, forwardable(request)))
+            query = request.url.query
+            return replied(await self._passing.opened(route, query, raw, forwardable(request)))
 
         return handler
 
@@ -176,6 +239,17 @@ class _Routes:
     async def version(self, request: Request, identity: str, raw: bytes) -> Response:
         """See ``Passing.version``."""
         return replied(await self._passing.version(forwardable(request)))
+
+
+def _incoming(route: str, request: Request, identity: str, raw: bytes) -> Incoming:
+    return Incoming(
+        id=identity,
+        route=route,
+        raw=raw,
+        body=parse_object(raw),
+        headers=forwardable(request),
+        wants_azure=request.headers.get(ANNOTATIONS_HEADER) == "azure",
+    )
 
 
 def _add_health(app: FastAPI) -> None:

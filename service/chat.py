@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from models.inputs import Speaker
-from service import chat_stream, conversation, extractor, openai_format, sse, verdict_shapes
+from service import chat_stream, conversation, extractor, openai_format, sse
 from service.body import dumps
 from service.conversation import Message
 from service.errors import BadRequest, SluicegateError, UpstreamMalformed
@@ -33,7 +33,7 @@ _FIELD_OF_SPEAKER: Final[Mapping[Speaker, FieldName]] = {
 _TEXT_PARTS: Final = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 _MESSAGE_WORDS: Final = frozenset({"tool_call_id", "id"})
 _CALL_WORDS: Final = frozenset({"id", "type", "index"})
-_UNSCANNABLE: Final = ("chat_template", "prompt_embeds", "audio")
+_UNSCANNABLE: Final = ("prompt_embeds", "audio")
 _ECHOES: Final = ("prompt_logprobs", "prompt_token_ids", "prompt_text")
 """What an answer repeats of the prompt, which was judged."""
 
@@ -78,7 +78,7 @@ class ChatDialect:
         for key in ("tools", "functions"):
             openai_format.definitions(reader, key, scan)
         openai_format.documents(reader, scan)
-        reader.refuse(scan, _UNSCANNABLE)
+        openai_format.refuse(reader, scan, _UNSCANNABLE)
         reader.pass_words(openai_format.WORDS)
         reader.rest(scan)
         return Exchange(
@@ -174,27 +174,12 @@ class ChatDialect:
         return openai_format.renumbered(choice, index)
 
     def assembled(self, answer: Answer, choices: tuple[Choice, ...]) -> Mapping[str, Any]:
-        """See ``Dialect.assembled``. Prompt-side echoes of another attempt are left out."""
-        body = {key: value for key, value in answer.body.items() if key not in _ECHOES}
-        return body | {"choices": [choice.body for choice in choices]}
+        """See ``Dialect.assembled``."""
+        return openai_format.around(answer.body) | {"choices": [choice.body for choice in choices]}
 
     def annotated(self, body: Mapping[str, Any], asked: Annotations) -> Mapping[str, Any]:
         """See ``Dialect.annotated``."""
-        shown = dict(body)
-        if asked.openai:
-            shown["moderation"] = verdict_shapes.moderation(asked)
-        if asked.azure:
-            shown["prompt_filter_results"] = verdict_shapes.prompt_filter_results(asked)
-            shown["choices"] = [
-                {
-                    **choice,
-                    "content_filter_results": verdict_shapes.choice_filter_results(
-                        asked, choice["index"]
-                    ),
-                }
-                for choice in body["choices"]
-            ]
-        return shown
+        return openai_format.annotated(body, asked)
 
     def annotated_stream(self, raw: bytes, asked: Annotations) -> bytes:
         """See ``Dialect.annotated_stream``: one chunk before the end, without text."""

@@ -5,29 +5,35 @@ Reference: OpenAI API, "The chat completion chunk object".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from service import extractor, verdict_shapes
+from service.body import parse_object
 from service.errors import UpstreamMalformed
 from service.exchange import Annotations
 
 _DONE = "[DONE]"
+HEAD: Final = frozenset(
+    {"id", "object", "created", "model", "usage", "system_fingerprint", "service_tier"}
+)
+"""What every chunk of a stream says again."""
+ENDS: Final = frozenset({"index", "finish_reason", "stop_reason"})
+"""What a chunk says of a choice once."""
 
 
 def objects(events: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The chunks in the data of a stream's events, which must end with ``[DONE]``."""
+    """The chunks in the data of a stream's events, which must end with ``[DONE]``.
+
+    Raises ``BadRequest`` for one that is not JSON in one way only.
+    """
     if not events or events[-1] != _DONE:
         raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
     for data in events:
         if data == _DONE:
             continue
-        try:
-            chunk = json.loads(data)
-        except ValueError:
-            raise UpstreamMalformed("an event of the upstream's stream is not JSON") from None
-        if not isinstance(chunk, dict) or not isinstance(chunk.get("choices"), list):
+        chunk = parse_object(data.encode())
+        if not isinstance(chunk.get("choices"), list):
             raise UpstreamMalformed("an event of the upstream's stream is not a chunk")
         yield chunk
 
@@ -39,7 +45,8 @@ def whole(events: Sequence[str]) -> dict[str, Any]:
     for chunk in objects(events):
         for key, value in chunk.items():
             if key != "choices":
-                head[key] = later(head.get(key), value)
+                add = later if key in HEAD else joined
+                head[key] = add(head.get(key), value)
         for item in chunk["choices"]:
             _add(choices, item)
     if not choices:
@@ -102,6 +109,19 @@ def annotation_chunks(asked: Annotations) -> Iterator[Mapping[str, Any]]:
         yield empty | {"choices": [], "moderation": verdict_shapes.moderation(asked)}
 
 
+def joined(old: Any, new: Any) -> Any:
+    """A value that comes in parts: texts and lists one behind the other, objects key by key."""
+    if isinstance(old, str) and isinstance(new, str):
+        return old + new
+    if isinstance(old, list) and isinstance(new, list):
+        return [*old, *new]
+    if isinstance(old, dict) and isinstance(new, dict):
+        return old | {key: joined(old.get(key), value) for key, value in new.items()}
+    if old is None or new is None or old == new:
+        return old if new is None else new
+    return [old, new]
+
+
 def later(old: Any, new: Any) -> Any:
     """What stands under a key that comes again: the later value, or both, so that none of what a
     client reads is lost from what is judged.
@@ -121,18 +141,18 @@ def _add(choices: dict[int, dict[str, Any]], item: Any) -> None:
     if not isinstance(delta, dict | None):
         raise UpstreamMalformed("a choice in the upstream's stream has no delta")
     for key, value in item.items():
-        if key not in ("index", "delta", "logprobs"):
-            choice[key] = later(choice.get(key), value)
+        if key not in ("delta", "logprobs"):
+            add = later if key in ENDS else joined
+            choice[key] = add(choice.get(key), value)
     message = choice["message"]
     for key, value in (delta or {}).items():
         if value is None:
             message.setdefault(key, None)
         elif key == "tool_calls":
             _add_calls(message.setdefault("tool_calls", []), value)
-        elif key != "role" and isinstance(value, str):
-            message[key] = (message.get(key) or "") + value
         else:
-            message[key] = later(message.get(key), value)
+            add = later if key == "role" else joined
+            message[key] = add(message.get(key), value)
 
 
 def _add_calls(calls: list[dict[str, Any]], deltas: Any) -> None:

@@ -13,6 +13,8 @@ from service.extractor import Piece
 
 _CONTEXT_TURNS: Final = 8
 """Turns before a message that its judgement may look at: far more than a guard reads of them."""
+_JOINED_TURNS: Final = 4
+_JOINED_CHARACTERS: Final = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,9 @@ def turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
     return tuple(Turn(message.speaker, message.text) for message in said[-_CONTEXT_TURNS:])
 
 
-def fields(messages: Sequence[Message]) -> Iterator[Field]:
-    """All that the messages say. What a model wrote is judged as a response, the rest as prompts.
+def fields(messages: Sequence[Message], path: str = "messages") -> Iterator[Field]:
+    """All that the messages say, which stand at ``path``. What a model wrote is judged as a
+    response, the rest as prompts.
 
     An assistant's message at the end is what the client puts into the model's mouth: a prefill. One
     before that was answered, and so was whatever stands before it, but for the system's words.
@@ -51,6 +54,20 @@ def fields(messages: Sequence[Message]) -> Iterator[Field]:
             yield Field(name, piece.path, judged, is_past)
         if message.text:
             said.append(Turn(message.speaker, message.text))
+    yield from _joint(messages, path)
+
+
+def _joint(messages: Sequence[Message], path: str) -> Iterator[Field]:
+    """The user's newest turns as one text: an attack that is split over turns is whole in it.
+
+    A guard sees it better so than with the earlier turns as context.
+    """
+    if not messages or messages[-1].speaker != "user":
+        return
+    words = [one.text for one in messages if one.speaker == "user" and one.text][-_JOINED_TURNS:]
+    if len(words) > 1:
+        text = "\n".join(words)[-_JOINED_CHARACTERS:]
+        yield Field("message", path, GuardInput("prompt", text), is_joint=True)
 
 
 def answer_fields(context: tuple[Turn, ...], message: Message) -> tuple[Field, ...]:

@@ -5,7 +5,7 @@
     │   ├── Unscannable       400  it holds something that no guard here reads
     │   ├── ContentFiltered   400  it was blocked, and the policy or the route answers so
     │   └── UnknownModel      404  it names a model that is not here
-    ├── NotFound              404  no such route
+    ├── NotFound              404  no such route, or nothing of that name
     ├── MethodNotAllowed      405  the route is there, the method is not
     ├── BodyTimeout           408  its body did not come in time
     ├── TooLarge              413  it is over a stated limit
@@ -111,7 +111,7 @@ class UnknownModel(BadRequest):
 
 
 class NotFound(SluicegateError):
-    """There is no such route."""
+    """There is no such route, or nothing of that name."""
 
     status = 404
     type = "invalid_request_error"

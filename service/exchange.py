@@ -38,6 +38,8 @@ class Field:
     judged: GuardInput
     is_past: bool = False
     """Whether it belongs to a turn that was answered before."""
+    is_joint: bool = False
+    """Whether it joins what stands in several turns, each judged by itself too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,10 @@ class Exchange:
     moderation: ModerationRequest | None = None
     context: tuple[Turn, ...] = ()
     """The turns that an answer follows."""
+    instruction: str = ""
+    """What this attempt told the model beside what the client said; an answer may repeat it."""
+    asked_again: tuple[int, ...] = ()
+    """The choices that this attempt is for, where it is not the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +179,7 @@ class Dialect(Protocol):
         """``choice`` under another number."""
 
     def assembled(self, answer: Answer, choices: tuple[Choice, ...]) -> Mapping[str, Any]:
-        """``answer`` with other choices in it, as JSON."""
+        """``answer`` with other choices in it, as JSON. Nothing else that it said is kept."""
 
     def annotated(self, body: Mapping[str, Any], annotations: Annotations) -> Mapping[str, Any]:
         """``body`` with the verdicts that were asked for beside what it says."""

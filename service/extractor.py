@@ -68,6 +68,10 @@ class Reader:
         """The value of ``key``, which the caller answers for; None where there is none."""
         return self._left.pop(key, None)
 
+    def peek(self, key: str) -> Any:
+        """The value of ``key``, which stays to be taken."""
+        return self._left.get(key)
+
     def where(self, key: str) -> str:
         """The path of ``key``."""
         return f"{self.path}.{key}" if self.path else key
@@ -131,10 +135,15 @@ def arguments(raw: Any) -> str:
     if not isinstance(raw, str):
         return leaves(raw)
     try:
-        parsed = json.loads(raw)
+        # As pairs: of a key that stands twice both values count, whichever a reader takes.
+        parsed = json.loads(raw, object_pairs_hook=_flat)
     except (ValueError, RecursionError):
         return raw
-    return leaves(parsed) if isinstance(parsed, dict | list | str) else raw
+    return leaves(parsed) if isinstance(parsed, list | str) else raw
+
+
+def _flat(pairs: list[tuple[str, Any]]) -> list[Any]:
+    return [part for pair in pairs for part in pair]
 
 
 def _holds_numbers(value: list[Any]) -> bool:

@@ -78,12 +78,17 @@ class Incoming:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the client gets. ``said`` is the answer as JSON, or None where it is an error."""
+    """What the client gets.
+
+    ``said`` is the answer as JSON, or None where it is an error; ``attempts`` is how often the
+    upstream was asked.
+    """
 
     status: int
     headers: Headers
     body: bytes
     said: Mapping[str, Any] | None = None
+    attempts: int = 0
 
 
 @dataclass(slots=True)
@@ -151,7 +156,8 @@ class Gateway:
             self._keeper.metrics.rounds.labels(end.rounds).inc()
         self._account(progress)
         await ledger.close(progress.outcomes, end.attempts)
-        return self._reply(dialect, incoming, exchange, progress, end)
+        reply = self._reply(dialect, incoming, exchange, progress, end)
+        return replace(reply, attempts=end.attempts)
 
     async def _with_texts(self, exchange: Exchange, incoming: Incoming, route: Route) -> Exchange:
         """The exchange with the texts of its token ids, as the upstream's tokenizer gives them."""
@@ -294,6 +300,7 @@ class Gateway:
                 instruction=instruction(command.because),
                 choices=numbers,
             )
+            exchange = replace(exchange, instruction=retry.instruction, asked_again=numbers)
             body = dumps(dialect.retried(exchange, retry)).encode()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -477,7 +484,8 @@ def parse_answer(dialect: Dialect, exchange: Exchange, response: UpstreamRespons
     """The upstream's answer, streamed or not; ``UpstreamMalformed`` if it cannot be judged."""
     try:
         if _is_stream(response):
-            parser = sse.EventParser()
+            # The body has a bound of its own, and an event may hold a whole answer.
+            parser = sse.EventParser(max_event_bytes=len(response.body) + 1)
             events = [event.data for event in (*parser.feed(response.body), *parser.finish())]
             return dialect.parse_stream(exchange, [data for data in events if data])
         return dialect.parse_answer(exchange, parse_object(response.body))

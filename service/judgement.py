@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from models.taxonomy import Severity
 from models.verdict import Verdict, nothing
 from service.errors import GuardUnavailable, TooLarge
 from service.exchange import Direction, Field, FieldName
@@ -48,7 +49,8 @@ class FieldJudge:
         """A judgement of each field, in their order.
 
         A turn that was answered before is at most annotated, unless the policy's context is
-        ``all``. Raises ``TooLarge``, and ``GuardUnavailable``, also where the deadline passes.
+        ``all``; so are turns joined, where one of those before is flagged by itself. Raises
+        ``TooLarge``, and ``GuardUnavailable``, also where the deadline passes.
         """
         if len(fields) > self._most_fields:
             raise TooLarge(
@@ -69,17 +71,24 @@ class FieldJudge:
             raise GuardUnavailable(
                 "the guard did not answer in time: try again, or raise guard_seconds"
             ) from None
+        is_explained = any(
+            field.is_past and verdict.level > Severity.NONE
+            for field, verdict in zip(fields, verdicts, strict=True)
+        )
         return [
-            Judgement(field, self._decide(direction, field, verdict), digest)
+            Judgement(field, self._decide(direction, field, verdict, is_explained), digest)
             for field, verdict, digest in zip(fields, verdicts, digests, strict=True)
         ]
 
-    def _decide(self, direction: Direction, field: Field, verdict: Verdict) -> Decision:
+    def _decide(
+        self, direction: Direction, field: Field, verdict: Verdict, is_explained: bool
+    ) -> Decision:
         decision = decide(self.policy, direction, verdict)
         if direction == "prompt" and field.name in _LOW_SENSITIVITY:
             milder = decide(self.policy, direction, verdict.milder())
             decision = replace(milder, verdict=verdict)
-        if field.is_past and self.policy.context == "latest_turn":
+        is_old = field.is_past or (field.is_joint and is_explained)
+        if is_old and self.policy.context == "latest_turn":
             decision = replace(decision, action=min(decision.action, Action.ANNOTATE))
         return decision
 

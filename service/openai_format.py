@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from models.inputs import GuardInput
-from service import extractor
+from service import extractor, verdict_shapes
 from service.errors import BadRequest, UpstreamMalformed
-from service.exchange import Answer, Choice, Field, ModerationRequest
+from service.exchange import Annotations, Answer, Choice, Field, ModerationRequest
 from service.extractor import Reader, Scan
 
 MOST_CHOICES: Final = 128
@@ -24,6 +24,8 @@ WORDS: Final = frozenset(
         "logprob_token_ids", "response_format", "mm_payload", "encoding_format",
     }
 )  # fmt: skip
+# A client's template can hide words from us; the others name what a cache of the upstream holds.
+_OPAQUE: Final = ("chat_template", "kv_transfer_params", "ec_transfer_params")
 _CHOICE_WORDS: Final = frozenset({"finish_reason", "stop_reason"})
 # The same tokens as the text that is judged, one by one, or their numbers.
 _CHOICE_TOKENS: Final = ("logprobs", "token_ids", "routed_experts")
@@ -108,6 +110,33 @@ def without_moderation(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {key: value for key, value in body.items() if key != "moderation"}
 
 
+def refuse(reader: Reader, scan: Scan, keys: Iterable[str]) -> None:
+    """Takes as unscannable ``keys``, and on any route what only an upstream understands."""
+    reader.refuse(scan, (*keys, *_OPAQUE))
+    options = reader.peek("chat_template_kwargs")
+    if isinstance(options, dict) and options.get("chat_template") is not None:
+        scan.unscannable.append("chat_template_kwargs.chat_template")
+
+
+def annotated(body: Mapping[str, Any], asked: Annotations) -> Mapping[str, Any]:
+    """``body`` with the verdicts that were asked for, each choice's with the choice."""
+    shown = dict(body)
+    if asked.openai:
+        shown["moderation"] = verdict_shapes.moderation(asked)
+    if asked.azure:
+        shown["prompt_filter_results"] = verdict_shapes.prompt_filter_results(asked)
+        shown["choices"] = [
+            {
+                **choice,
+                "content_filter_results": verdict_shapes.choice_filter_results(
+                    asked, choice["index"]
+                ),
+            }
+            for choice in body["choices"]
+        ]
+    return shown
+
+
 def definitions(reader: Reader, key: str, scan: Scan) -> None:
     """Takes a list of tools, each a field of its own, so that a verdict on it serves again."""
     tools = reader.take(key)
@@ -180,6 +209,17 @@ def answer(
         count(usage.get("completion_tokens")),
         tuple(scan.unscannable),
     )
+
+
+def around(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands around the choices of an answer, but for what could say anything: it may be of an
+    attempt that was withheld.
+    """
+    return {
+        key: value
+        for key, value in body.items()
+        if key in _BODY_WORDS and extractor.are_words(value)
+    }
 
 
 def renumbered(choice: Choice, index: int) -> Choice:

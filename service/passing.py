@@ -86,8 +86,8 @@ class Passing:
         body = parse_object(raw)
         model = body.get("model")
         if "messages" in body and path in self._readers:
-            # Here a model need not be named.
-            exchange = self._readers[path].parse(body | {"model": model or "default"})
+            # Counting asks for less than generating does.
+            exchange = self._readers[path].parse({"max_tokens": 1} | body | {"model": model or "m"})
             if exchange.unscannable and self._policy.unscannable == "block":
                 place = exchange.unscannable[0]
                 raise Unscannable(f"{place} cannot be scanned by any guard here", param=place)
@@ -99,11 +99,14 @@ class Passing:
         """``GET /version`` of the first upstream."""
         return _passed(await self._upstreams.first().get(VERSION, headers))
 
-    async def opened(self, route: OpenRoute, raw: bytes, headers: Mapping[str, str]) -> Reply:
+    async def opened(
+        self, route: OpenRoute, query: str, raw: bytes, headers: Mapping[str, str]
+    ) -> Reply:
         """A route that the operator opened, counted as the bypass that it is."""
         self._metrics.bypasses.labels("open_route").inc()
+        path = f"{route.path}?{query}" if query else route.path
         upstream = self._upstreams.first()
-        return _passed(await upstream.send(route.method, route.path, raw or None, headers))
+        return _passed(await upstream.send(route.method, path, raw or None, headers))
 
 
 def _passed(response: UpstreamResponse) -> Reply:

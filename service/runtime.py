@@ -26,6 +26,7 @@ from service.ledger import Bookkeeper
 from service.metrics import Metrics
 from service.policy import Policy, read_policy
 from service.records import Recorder
+from service.response_store import ResponseStore
 from service.routing import Route, Upstreams
 from service.settings import Settings, UpstreamSettings
 from service.spool import Spool
@@ -49,6 +50,8 @@ class Runtime:
     metrics: Metrics
     state: State
     upstreams: Upstreams
+    responses: ResponseStore
+    hash_key: bytes
 
 
 @asynccontextmanager
@@ -86,9 +89,10 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         )
         batcher.start()
         stack.push_async_callback(batcher.close)
+        hash_key = _hash_key(directory)
         judge = FieldJudge(
             VerdictCache(batcher, settings.cached_verdicts, metrics.cached),
-            keyed_digest(_hash_key(directory), guard.id),
+            keyed_digest(hash_key, guard.id),
             policy,
             deadline=settings.guard_seconds,
             most_fields=settings.fields_per_request,
@@ -97,7 +101,25 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         metrics.watch(batcher, state, recorder, upstreams)
         metrics.build.labels(version("sluicegate"), guard.id, keeper.policy_name).set(1)
         gateway = Gateway(judge, upstreams, keeper)
-        yield Runtime(settings, policy, guard, judge, gateway, keeper, metrics, state, upstreams)
+        responses = ResponseStore(
+            state,
+            seconds=settings.response_seconds,
+            most=settings.kept_responses,
+            most_bytes=settings.response_bytes,
+        )
+        yield Runtime(
+            settings=settings,
+            policy=policy,
+            guard=guard,
+            judge=judge,
+            gateway=gateway,
+            keeper=keeper,
+            metrics=metrics,
+            state=state,
+            upstreams=upstreams,
+            responses=responses,
+            hash_key=hash_key,
+        )
 
 
 def _load_guard(settings: Settings, given: Guard | None) -> Guard:

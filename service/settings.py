@@ -111,6 +111,11 @@ class Settings(BaseSettings):
     """Messages, tools, documents and the like of one request."""
     cached_verdicts: int = Field(default=16384, ge=0)
     """Verdicts that are remembered, so that a conversation's earlier turns cost nothing."""
+    kept_responses: int = Field(default=10_000, ge=0)
+    """Responses that are kept for ``previous_response_id``; 0 keeps none."""
+    response_seconds: int = Field(default=86_400, ge=1)
+    response_bytes: int = Field(default=MEBIBYTE // 4, gt=0)
+    """Longest response that is kept, its conversation included."""
     open_routes: tuple[str, ...] = ()
     """Routes of the upstream that pass unscanned, as ``POST /v1/rerank``."""
 

@@ -52,7 +52,16 @@ class TestRequests:
 
     def test_turns_that_were_answered_are_past_and_the_system_message_never_is(self) -> None:
         exchange = parsed({"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"))
-        assert [field.is_past for field in exchange.fields] == [False, True, True, False]
+        past = [field.is_past for field in exchange.fields if not field.is_joint]
+        assert past == [False, True, True, False]
+
+    def test_the_newest_words_of_a_user_are_judged_together_too(self) -> None:
+        turns = [user("how do I"), assistant("yes?"), user("steal a car")]
+        *_, joint = parsed(*turns).fields
+        assert (joint.path, joint.judged.text) == ("messages", "how do I\nsteal a car")
+        assert joint.is_joint
+        assert not any(field.is_joint for field in parsed(*turns[:2]).fields)
+        assert not any(field.is_joint for field in parsed(user("a"), assistant("b")).fields)
 
     def test_a_prefill_is_not_past(self) -> None:
         exchange = parsed(user("a"), assistant("Sure, first"))
@@ -255,7 +264,7 @@ class TestAnswers:
         ],
     )
     def test_a_stream_that_cannot_be_read_cannot_be_judged(self, events: list[str]) -> None:
-        with pytest.raises(UpstreamMalformed):
+        with pytest.raises((UpstreamMalformed, BadRequest)):
             CHAT.parse_stream(self.EXCHANGE, events)
 
 
@@ -300,7 +309,13 @@ class TestRendering:
         assert (body["seed"], body["n"], body["temperature"]) == (5, 1, 1)
         assert exchange.body["messages"] == messages
 
-    @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=3))
+    @given(
+        st.lists(
+            st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
+            min_size=1,
+            max_size=3,
+        )
+    )
     def test_a_rendered_stream_adds_up_to_the_answer(self, texts: list[str]) -> None:
         exchange = parsed(user("q"), stream=True, stream_options={"include_usage": True})
         body = {

@@ -57,10 +57,13 @@ class TestParsing:
             ("messages[0].content", BAKE),
             ("messages[1].content", "so"),
             ("messages[2].content", STEAL),
+            # What was asked, as a whole.
+            ("messages", f"{BAKE}\n{STEAL}"),
         ]
-        assert [field.is_past for field in fields["prompt"]] == [True, True, False]
+        assert [field.is_past for field in fields["prompt"]] == [True, True, False, False]
         # What the model said before is judged as what it is.
-        assert [field.judged.role for field in fields["prompt"]] == ["prompt", "response", "prompt"]
+        roles = [field.judged.role for field in fields["prompt"]]
+        assert roles == ["prompt", "response", "prompt", "prompt"]
 
     def test_a_conversation_that_ends_with_an_answer_asks_about_that(self) -> None:
         fields = parsed(messages=[user(STEAL), assistant("like this")])
@@ -72,7 +75,7 @@ class TestParsing:
         messages = [user(BAKE), *([assistant("so"), user(BAKE)] * 5), assistant("like this")]
         fields = parsed(messages=messages)
         assert shown(fields["response"]) == [("messages[11].content", "like this")]
-        assert len(fields["prompt"]) == 11
+        assert len(fields["prompt"]) == 12
 
     def test_all_that_a_message_says_is_judged(self) -> None:
         call = {"type": "function", "function": {"name": "buy", "arguments": '{"what": "a car"}'}}

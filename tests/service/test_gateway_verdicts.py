@@ -1,14 +1,17 @@
 """What a client asks to be told, what may not be scanned, and what is judged only once."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from models.inputs import GuardInput, Windows
 from service.errors import TooLarge, Unscannable, UpstreamMalformed
 from service.policy import Policy, RefusalText
 from tests.fake_upstream import Answer, text
+from tests.guards import WordGuard
 from tests.service.rig import (
     BAD,
     CHAT,
@@ -188,8 +191,8 @@ class TestJudgedOnce:
         judged = rig.metric("guard_batch_rows_sum")
         history += [{"role": "assistant", "content": content(first)}, user("three")]
         await rig.send(messages=history)
-        # The new turn and its answer.
-        assert rig.metric("guard_batch_rows_sum") == judged + 2
+        # The new turn, by itself and with the one before, and its answer.
+        assert rig.metric("guard_batch_rows_sum") == judged + 3
         assert rig.metric("cache_requests_total", tier="local", result="hit") == 3
 
     async def test_a_flagged_turn_that_was_answered_does_not_block_for_ever(self, rig: Rig) -> None:
@@ -219,3 +222,32 @@ class TestSensitivity:
 
     async def test_a_users_words_are(self, rig: Rig) -> None:
         assert shown(await rig.send("moderate-violence"))[0] == "blocked"
+
+
+class SplitGuard(WordGuard):
+    """Knows an attack only where both of its halves stand in one text."""
+
+    def prepare(self, item: GuardInput) -> Windows:
+        is_whole = "first half" in item.text and "second half" in item.text
+        return super().prepare(replace(item, text="severe-violence") if is_whole else item)
+
+
+class TestSplitAttacks:
+    TURNS = (
+        user("first half"),
+        {"role": "assistant", "content": "go on"},
+        user("second half"),
+    )
+
+    async def test_an_attack_that_is_split_over_turns_is_seen(self, make_rig: MakeRig) -> None:
+        async with make_rig(guard=SplitGuard()) as rig:
+            assert shown(await rig.send(messages=[*self.TURNS])) == ("blocked", "0")
+
+    async def test_but_what_was_flagged_and_answered_before_does_not_come_back_through_it(
+        self, make_rig: MakeRig
+    ) -> None:
+        later = [*self.TURNS, {"role": "assistant", "content": REFUSAL}, user("thanks")]
+        later[2] = user("first half, second half")
+        async with make_rig(guard=SplitGuard()) as rig:
+            rig.answers(text("you are welcome"))
+            assert shown(await rig.send(messages=later))[0] == "annotated"
