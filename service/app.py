@@ -29,12 +29,12 @@ from service.endpoint import (
 from service.errors import MethodNotAllowed, NotFound, SluicegateError
 from service.exchange import Dialect, Direction, Field
 from service.gate import Outcome
-from service.gateway import Incoming
 from service.judgement import Judgement
 from service.ledger import Request as Origin
 from service.messages import MessagesDialect
 from service.passing import OpenRoute, Passing
 from service.policy import Action, Decision
+from service.replies import Incoming
 from service.response_routes import INPUT_ITEMS, ONE, ResponseRoutes
 from service.responses import ResponsesDialect
 from service.runtime import Runtime

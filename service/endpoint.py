@@ -19,10 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from service.body import ClientDisconnected, dumps, read_body
 from service.errors import BadRequest, BodyTimeout, SluicegateError
-from service.gateway import Reply
 from service.headers import request_headers
 from service.metrics import Metrics
 from service.records import new_id
+from service.replies import Reply
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

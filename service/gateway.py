@@ -7,15 +7,12 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from dataclasses import replace
+from typing import Final
 
 from models.inputs import GuardInput
-from service import sse, verdict_shapes
-from service.body import dumps, parse_object
+from service.body import dumps
 from service.errors import (
-    BadRequest,
-    ContentFiltered,
     GuardUnavailable,
     SluicegateError,
     TooLarge,
@@ -24,14 +21,11 @@ from service.errors import (
     UpstreamMalformed,
 )
 from service.exchange import (
-    Annotations,
     Answer,
-    Choice,
     Dialect,
     Direction,
     Exchange,
     Field,
-    Refusal,
     Retry,
 )
 from service.gate import (
@@ -50,66 +44,16 @@ from service.gate import (
     Release,
     ResponseJudged,
 )
-from service.headers import Headers, header, response_headers
+from service.headers import response_headers
 from service.judgement import FieldJudge, Judgement
-from service.ledger import Bookkeeper, Ledger, Request
+from service.ledger import Bookkeeper, Request
 from service.policy import Action, Decision, tightened
+from service.replies import Incoming, Progress, Replies, Reply, completion_tokens, parse_answer
 from service.routing import Route, Upstreams
 from service.upstream import UpstreamResponse
 
 _SEEDS: Final = 2**31
 _MOST_TOKEN_PROMPTS: Final = 64
-_JSON: Final = ("content-type", "application/json")
-_EVENTS: Final = ("content-type", "text/event-stream; charset=utf-8")
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A client's request: its raw bytes, their JSON, and the headers that may go upstream."""
-
-    id: str
-    route: str
-    raw: bytes
-    body: Mapping[str, Any]
-    headers: Mapping[str, str]
-    wants_azure: bool = False
-    """Whether Azure's filter results are asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What the client gets.
-
-    ``said`` is the answer as JSON, or None where it is an error; ``attempts`` is how often the
-    upstream was asked.
-    """
-
-    status: int
-    headers: Headers
-    body: bytes
-    said: Mapping[str, Any] | None = None
-    attempts: int = 0
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What a driver knows of an exchange on its way."""
-
-    gate: Gate
-    ledger: Ledger
-    route: Route
-    prompt: Decision | None = None
-    decisions: dict[int, Decision | None] = field(default_factory=dict)
-    """The newest on each choice."""
-    answers: list[tuple[UpstreamResponse, Answer]] = field(default_factory=list)
-    choices: dict[int, Choice] = field(default_factory=dict)
-    """The newest of each number."""
-    attempt_of: dict[int, int] = field(default_factory=dict)
-    """The attempt that each choice comes from."""
-    asked: tuple[int, ...] = ()
-    released: tuple[int, ...] = ()
-    refused: tuple[int, ...] | None = ()
-    outcomes: dict[Direction, Outcome] = field(default_factory=dict)
 
 
 class _NotOurs(Exception):
@@ -128,6 +72,7 @@ class Gateway:
         self._policy = judge.policy
         self._upstreams = upstreams
         self._keeper = keeper
+        self._replies = Replies(judge.policy.refusal, keeper.guard_id)
 
     async def handle(self, dialect: Dialect, incoming: Incoming) -> Reply:
         """The reply to a request. Raises ``SluicegateError``."""
@@ -135,7 +80,7 @@ class Gateway:
         route = self._upstreams.route(exchange.model)
         request = Request(incoming.id, incoming.route, dialect.name, exchange.model)
         ledger = self._keeper.open(request)
-        progress = _Progress(Gate(self._policy.regenerate), ledger, route)
+        progress = Progress(Gate(self._policy.regenerate), ledger, route)
         try:
             exchange = await self._with_texts(exchange, incoming, route)
             end = await self._drive(dialect, incoming, exchange, progress)
@@ -156,8 +101,7 @@ class Gateway:
             self._keeper.metrics.rounds.labels(end.rounds).inc()
         self._account(progress)
         await ledger.close(progress.outcomes, end.attempts)
-        reply = self._reply(dialect, incoming, exchange, progress, end)
-        return replace(reply, attempts=end.attempts)
+        return self._replies.reply(dialect, incoming, exchange, progress, end)
 
     async def _with_texts(self, exchange: Exchange, incoming: Incoming, route: Route) -> Exchange:
         """The exchange with the texts of its token ids, as the upstream's tokenizer gives them."""
@@ -190,7 +134,7 @@ class Gateway:
         )
 
     async def _drive(
-        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: _Progress
+        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: Progress
     ) -> End:
         """Carries out the gate's commands until it says that the exchange is over."""
         loop = asyncio.get_running_loop()
@@ -217,7 +161,7 @@ class Gateway:
                     return end
             commands.extend(progress.gate.feed(event))
 
-    async def _judge_prompt(self, exchange: Exchange, progress: _Progress) -> PromptJudged:
+    async def _judge_prompt(self, exchange: Exchange, progress: Progress) -> PromptJudged:
         is_partial = bool(exchange.unscannable)
         if is_partial:
             if self._policy.unscannable == "block":
@@ -241,7 +185,7 @@ class Gateway:
         return PromptJudged(decision, is_partial)
 
     async def _judge_response(
-        self, exchange: Exchange, progress: _Progress, choices: tuple[int, ...], deadline: float
+        self, exchange: Exchange, progress: Progress, choices: tuple[int, ...], deadline: float
     ) -> ResponseJudged | DeadlinePassed:
         attempt = len(progress.answers)
         fields = [field for number in choices for field in progress.choices[number].fields]
@@ -263,7 +207,7 @@ class Gateway:
         return ResponseJudged(decisions)
 
     async def _judgements(
-        self, direction: Direction, attempt: int, fields: Sequence[Field], progress: _Progress
+        self, direction: Direction, attempt: int, fields: Sequence[Field], progress: Progress
     ) -> list[Judgement] | None:
         """The judgements; None where the guard could not judge and the policy fails open."""
         started = time.perf_counter()
@@ -282,7 +226,7 @@ class Gateway:
         dialect: Dialect,
         incoming: Incoming,
         exchange: Exchange,
-        progress: _Progress,
+        progress: Progress,
         command: Generate,
         deadline: float,
     ) -> Generated | DeadlinePassed:
@@ -318,20 +262,24 @@ class Gateway:
             progress.attempt_of[number] = command.attempt
         if answer.unscannable:
             self._keeper.metrics.bypasses.labels("unscannable").inc()
-        return Generated(numbers, _completion_tokens(answer), bool(answer.unscannable))
+        return Generated(numbers, completion_tokens(answer), bool(answer.unscannable))
 
     async def _ask(
         self,
         dialect: Dialect,
         incoming: Incoming,
         exchange: Exchange,
-        progress: _Progress,
+        progress: Progress,
         body: bytes,
     ) -> tuple[UpstreamResponse, Answer]:
         response = await progress.route.post(dialect.path, body, incoming.headers)
         progress.ledger.called_upstream(response.seconds)
-        if response.status != 200:
+        if response.status >= 400:
             raise _NotOurs(response)
+        if response.status != 200:
+            raise UpstreamMalformed(
+                f"the upstream answered with status {response.status}, where an answer has 200"
+            )
         passes = self._policy.unscannable == "allow"
         try:
             answer = parse_answer(dialect, exchange, response)
@@ -347,7 +295,7 @@ class Gateway:
             )
         return response, answer
 
-    def _account(self, progress: _Progress) -> None:
+    def _account(self, progress: Progress) -> None:
         """Tokens: what the client got, and what was generated for nothing."""
         if not progress.answers:
             return
@@ -355,122 +303,12 @@ class Gateway:
         ledger = progress.ledger
         ledger.response_tokens = 0
         for attempt, (_, answer) in enumerate(progress.answers, 1):
-            tokens = _completion_tokens(answer)
+            tokens = completion_tokens(answer)
             if attempt in kept:
                 ledger.response_tokens += tokens
             else:
                 ledger.wasted_tokens += tokens
         ledger.prompt_tokens = progress.answers[0][1].prompt_tokens or None
-
-    def _reply(
-        self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
-        progress: _Progress,
-        end: End,
-    ) -> Reply:
-        refusal = Refusal(self._policy.refusal.text, self._policy.refusal.finish_reason)
-        said = _headers(progress, end)
-        if not progress.answers:
-            return self._refusal(dialect, incoming, exchange, progress, refusal, said)
-        response, first = progress.answers[0]
-        headers = response_headers(response.headers)
-        asked = self._annotations(incoming, exchange, progress)
-        if end.attempts == 1 and not progress.refused:
-            if asked is None or not first.body:
-                return Reply(response.status, (*headers, *said), response.body, first.body)
-            shown = dialect.annotated(first.body, asked)
-            if _is_stream(response):
-                body = dialect.annotated_stream(response.body, asked)
-            else:
-                body = dumps(shown).encode()
-            return Reply(response.status, (*headers, *said), body, shown)
-        headers = tuple(pair for pair in headers if pair[0] != "content-type")
-        refused = progress.refused if progress.refused is not None else tuple(progress.choices)
-        choices = {number: progress.choices[number] for number in progress.released}
-        choices |= {number: dialect.refused_choice(exchange, number, refusal) for number in refused}
-        kept = [progress.attempt_of[number] for number in progress.released]
-        usage = progress.answers[max(kept, default=1) - 1][1].body.get("usage")
-        shown = dialect.assembled(
-            replace(first, body={**first.body, "usage": usage}),
-            tuple(choices[number] for number in sorted(choices)),
-        )
-        if asked is not None:
-            shown = dialect.annotated(shown, asked)
-        return _rendered(dialect, exchange, shown, (*headers, *said))
-
-    def _refusal(
-        self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
-        progress: _Progress,
-        refusal: Refusal,
-        said: Headers,
-    ) -> Reply:
-        """The reply to a prompt that was blocked."""
-        answer = dialect.refused(exchange, incoming.id, int(time.time()), refusal)
-        if answer is None or self._policy.refusal.status == 400:
-            verdict = progress.prompt.verdict if progress.prompt else None
-            error = ContentFiltered(
-                refusal.text, verdict_shapes.filter_results(verdict, is_filtered=True)
-            )
-            body = dumps(dialect.error(error, incoming.id)).encode()
-            return Reply(error.status, (_JSON, *said), body)
-        shown = dialect.assembled(answer, answer.choices)
-        asked = self._annotations(incoming, exchange, progress)
-        if asked is not None:
-            shown = dialect.annotated(shown, asked)
-        return _rendered(dialect, exchange, shown, said)
-
-    def _annotations(
-        self, incoming: Incoming, exchange: Exchange, progress: _Progress
-    ) -> Annotations | None:
-        """The verdicts to tell, where the client asked for them."""
-        wants_openai = exchange.moderation is not None
-        if not wants_openai and not incoming.wants_azure:
-            return None
-        refused = progress.refused if progress.refused is not None else progress.choices
-        return Annotations(
-            guard=self._keeper.guard_id,
-            prompt=progress.prompt.verdict if progress.prompt else None,
-            choices={
-                number: decision.verdict if decision else None
-                for number, decision in progress.decisions.items()
-            },
-            refused=frozenset(refused),
-            openai=wants_openai,
-            azure=incoming.wants_azure,
-        )
-
-
-def _rendered(
-    dialect: Dialect, exchange: Exchange, shown: Mapping[str, Any], headers: Headers
-) -> Reply:
-    """An answer of our own making, in a stream where that was asked for."""
-    if exchange.stream:
-        return Reply(200, (*headers, _EVENTS), dialect.streamed(exchange, shown), shown)
-    return Reply(200, (*headers, _JSON), dumps(shown).encode(), shown)
-
-
-def _headers(progress: _Progress, end: End) -> Headers:
-    """What every answer says of its judgement."""
-    said = [
-        ("x-sluicegate-outcome", end.outcome),
-        ("x-sluicegate-attempts", str(end.attempts)),
-    ]
-    if progress.prompt is not None:
-        said.append(("x-sluicegate-prompt-severity", progress.prompt.verdict.level.label))
-    levels = [one.verdict.level for one in progress.decisions.values() if one is not None]
-    if levels:
-        said.append(("x-sluicegate-response-severity", max(levels).label))
-    return tuple(said)
-
-
-def _is_stream(response: UpstreamResponse) -> bool:
-    kind = (header(response.headers, "content-type") or "").partition(";")[0]
-    return kind.strip().lower() == "text/event-stream"
 
 
 _PROMPT_OUTCOMES: Final[Mapping[Action, Outcome]] = {
@@ -478,21 +316,6 @@ _PROMPT_OUTCOMES: Final[Mapping[Action, Outcome]] = {
     Action.ANNOTATE: "annotated",
     Action.BLOCK: "blocked",
 }
-
-
-def parse_answer(dialect: Dialect, exchange: Exchange, response: UpstreamResponse) -> Answer:
-    """The upstream's answer, streamed or not; ``UpstreamMalformed`` if it cannot be judged."""
-    try:
-        if _is_stream(response):
-            # The body has a bound of its own, and an event may hold a whole answer.
-            parser = sse.EventParser(max_event_bytes=len(response.body) + 1)
-            events = [event.data for event in (*parser.feed(response.body), *parser.finish())]
-            return dialect.parse_stream(exchange, [data for data in events if data])
-        return dialect.parse_answer(exchange, parse_object(response.body))
-    except BadRequest as error:
-        raise UpstreamMalformed(
-            f"the upstream's answer cannot be judged: {error.message}"
-        ) from None
 
 
 def instruction(because: Decision) -> str:
@@ -511,10 +334,3 @@ def _seed(exchange: Exchange, attempt: int) -> int:
     given = exchange.body.get("seed")
     start = given if type(given) is int else secrets.randbelow(_SEEDS)
     return (start + attempt - 1) % _SEEDS
-
-
-def _completion_tokens(answer: Answer) -> int:
-    """As the upstream counts, or a quarter of the characters where it does not say."""
-    if answer.completion_tokens:
-        return answer.completion_tokens
-    return sum(len(f.judged.text) for choice in answer.choices for f in choice.fields) // 4

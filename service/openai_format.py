@@ -194,7 +194,10 @@ def answer(
         reader.take(key)
     reader.pass_words(_BODY_WORDS)
     reader.rest(scan)
-    if scan.pieces and found:
+    if not found:
+        # Nothing to judge it with.
+        scan.unscannable += (piece.path or "body" for piece in scan.pieces)
+    elif scan.pieces:
         extra = tuple(
             Field(piece.name, piece.path, GuardInput("response", piece.text))
             for piece in scan.pieces

@@ -12,10 +12,10 @@ from typing import Any, Final
 from service.body import dumps, parse_object
 from service.errors import UnknownModel, Unscannable
 from service.exchange import Dialect
-from service.gateway import Reply
 from service.headers import response_headers
 from service.metrics import Metrics
 from service.policy import Policy
+from service.replies import Reply
 from service.routing import Upstreams
 from service.upstream import UpstreamResponse
 

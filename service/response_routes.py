@@ -12,7 +12,8 @@ from starlette.datastructures import QueryParams
 
 from service.body import dumps
 from service.errors import BadRequest, NotFound, StateUnavailable
-from service.gateway import Gateway, Incoming, Reply
+from service.gateway import Gateway
+from service.replies import Incoming, Reply
 from service.response_store import ResponseStore, Stored, expanded, items_of, listed
 from service.responses import ResponsesDialect
 

@@ -9,9 +9,9 @@ from typing import Any
 from service.body import dumps, parse_object
 from service.chat import ChatDialect
 from service.exchange import Dialect
-from service.gateway import Incoming, Reply
 from service.policy import Policy
 from service.records import Record
+from service.replies import Incoming, Reply
 from service.runtime import Runtime, open_runtime
 from service.settings import Settings
 from tests.fake_upstream import Answer, FakeUpstream

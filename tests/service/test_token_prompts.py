@@ -13,7 +13,7 @@ from service.completions import CompletionsDialect
 from service.embeddings import EmbeddingsDialect
 from service.errors import TooLarge, Unscannable
 from service.exchange import Dialect
-from service.gateway import Incoming, Reply
+from service.replies import Incoming, Reply
 from service.runtime import Runtime, open_runtime
 from service.settings import Settings
 from tests.fake_upstream import Answer, FakeUpstream, compact, error
