@@ -1,11 +1,13 @@
-"""What a proxied chat costs: CPU time a request, ours against LiteLLM's proxy, in the same run.
+"""What a proxied chat costs: CPU time a request, ours against LiteLLM's proxy and nginx.
 
-    make bench-proxy        or        .venv/bin/python -m benchmarks.proxy [--json]
+    .venv/bin/python -m benchmarks.proxy [--json]
 
-Both stand before the same fake upstream, which greets at once, and each has one core. Ours does all
+All stand before the same fake upstream, which greets at once, and each has one core. Ours does all
 that it does in service (extractor, gate, policy, records, metrics, private Valkey) with a guard
 that answers at once. LiteLLM has a model name that it knows, a master key, its log at ERROR, no
-database and no callbacks. Rounds are interleaved, at concurrency 1 and 16; figures are medians.
+database and no callbacks; nginx has one worker that keeps connections, where it is installed.
+Rounds are interleaved, at concurrency 1 and 16; figures are medians. Every prompt is another, so
+that no verdict was given before; the system prompt is the same.
 
 CPU time is user and system time of a proxy's process tree, divided by its requests. The private
 Valkey is counted apart, and the ratio is given both without and with it. Throughput and latency
@@ -15,6 +17,7 @@ are shown too, but on a busy machine they say more of the machine.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,12 +33,19 @@ from rich.table import Table
 from benchmarks import measure
 from benchmarks.measure import Load, median
 
-GOAL: Final = 30
+GOAL: Final = 40
 """LiteLLM's CPU time over ours, at the least."""
+NGINX_GOAL: Final = 12
+"""Ours over nginx's, at most."""
+ADDED_GOAL: Final = 0.5
+"""Milliseconds that ours adds to the upstream's p50 at one connection, at most."""
+_PROMPTS: Final = 20_000
+"""More than verdicts are remembered."""
 
 _MODEL: Final = "gpt-4o-mini"
 _KEY: Final = "sk-benchmark"
 _STATE: Final = "valkey-server"
+_DIRECT: Final = "the upstream itself"
 _CONCURRENCIES: Final = (1, 16)
 
 
@@ -103,16 +113,18 @@ async def _measure(
     targets = [
         await _sluicegate(stack, directory, url),
         await _litellm(stack, directory, litellm, url),
+        *await _nginx(stack, directory, upstream),
+        Target(_DIRECT, upstream, process.pid),
     ]
-    request = _request()
+    requests = [_request(number) for number in range(_PROMPTS)]
     for target in targets:
-        await measure.load(target.port, [request], 16, 1.5)
+        await measure.load(target.port, requests, 16, 1.5)
     results: dict[tuple[str, int], list[Round]] = {}
     for _ in range(rounds):
         for concurrency in _CONCURRENCIES:
             for target in targets:
                 before = target.cpu()
-                load = await measure.load(target.port, [request], concurrency, seconds)
+                load = await measure.load(target.port, requests, concurrency, seconds)
                 proxy, state = (
                     (after - earlier) / load.requests * 1e6
                     for after, earlier in zip(target.cpu(), before, strict=True)
@@ -166,13 +178,45 @@ async def _litellm(stack: ExitStack, directory: Path, command: Path, upstream: s
     return Target("litellm", port, process.pid)
 
 
-def _request() -> bytes:
+async def _nginx(stack: ExitStack, directory: Path, upstream: int) -> list[Target]:
+    """One worker with kept connections; none where nginx is not installed."""
+    command = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if command is None:
+        return []
+    port, log = measure.free_port(), directory / "nginx.log"
+    config = directory / "nginx.conf"
+    config.write_text(
+        f"""
+daemon off; worker_processes 1; pid {directory}/nginx.pid; error_log {log};
+events {{ worker_connections 512; }}
+http {{
+  access_log off; client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxied;
+  fastcgi_temp_path {directory}/f; uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
+  keepalive_requests 1000000;
+  upstream model {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://model; proxy_http_version 1.1; proxy_set_header Connection "";
+    }}
+  }}
+}}
+"""
+    )
+    process = stack.enter_context(
+        measure.started([command, "-c", config, "-p", directory], log, core=measure.SERVICE_CORE)
+    )
+    await measure.answers(process, port, "/v1/models", log)
+    return [Target("nginx", port, process.pid)]
+
+
+def _request(number: int) -> bytes:
     """A chat of two turns as an OpenAI client sends it, about 700 bytes with its headers."""
     body = {
         "model": _MODEL,
         "messages": [
             {"role": "system", "content": "You are a helpful assistant. Answer briefly."},
-            {"role": "user", "content": "Which plants grow well on a balcony without much sun?"},
+            {"role": "user", "content": f"Which {number} plants grow on a balcony without sun?"},
         ],
         "temperature": 0.7,
         "max_tokens": 128,
@@ -203,15 +247,32 @@ def _report(rounds: Mapping[tuple[str, int], list[Round]], as_json: bool) -> Non
             *(f"{row['requests_per_second']:.0f}", f"{row['p50_milliseconds']:.2f}"),
             f"{row['p99_milliseconds']:.2f}",
         )
-    ratios = Table("concurrency", "LiteLLM / ours", "goal", "with Valkey's", title="Ratio of CPU")
+    ratios = Table(
+        *("concurrency", "LiteLLM / ours", "goal", "with Valkey's", "ours / nginx", "goal"),
+        *("added p50 ms", "goal"),
+        title="Ratios of CPU, and what ours adds to the upstream's p50",
+    )
     shown = []
     for concurrency in _CONCURRENCIES:
         ours, theirs = figures["sluicegate", concurrency], figures["litellm", concurrency]
         cpu = ours["cpu_microseconds"]
         alone = theirs["cpu_microseconds"] / cpu
         whole = theirs["cpu_microseconds"] / (cpu + ours["valkey_cpu_microseconds"])
-        shown.append({"concurrency": concurrency, "ratio": alone, "ratio_with_valkey": whole})
-        ratios.add_row(str(concurrency), f"{alone:.1f}", measure.goal(alone, GOAL), f"{whole:.1f}")
+        direct = figures[_DIRECT, concurrency]
+        added = ours["p50_milliseconds"] - direct["p50_milliseconds"]
+        row = {"concurrency": concurrency, "ratio": alone, "ratio_with_valkey": whole}
+        row["added_p50_milliseconds"] = added
+        cells = ["–", "–"]
+        if nginx := figures.get(("nginx", concurrency)):
+            over = cpu / nginx["cpu_microseconds"]
+            row["over_nginx"] = over
+            cells = [f"{over:.1f}", measure.goal(over, NGINX_GOAL, at_most=True)]
+        shown.append(row)
+        ratios.add_row(
+            *(str(concurrency), f"{alone:.1f}", measure.goal(alone, GOAL), f"{whole:.1f}"),
+            *(*cells, f"{added:.2f}"),
+            measure.goal(added, ADDED_GOAL, at_most=True) if concurrency == 1 else "–",
+        )
     rows = [
         {"proxy": name, "concurrency": concurrency, **row}
         for (name, concurrency), row in figures.items()

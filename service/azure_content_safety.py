@@ -52,6 +52,10 @@ ANALYZE_SCHEMA: Final[Mapping[str, Any]] = {
 }
 SHIELD_SCHEMA: Final[Mapping[str, Any]] = {
     "type": "object",
+    "anyOf": [
+        {"required": ["userPrompt"], "properties": {"userPrompt": {"type": "string"}}},
+        {"required": ["documents"], "properties": {"documents": {"type": "array"}}},
+    ],
     "properties": {
         "userPrompt": {"type": ["string", "null"]},
         "documents": {"type": ["array", "null"], "items": {"type": "string"}},

@@ -81,13 +81,20 @@ def parse_object(raw: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     # Some parsers take keys that differ in case for the same.
-    if len(result) != len(pairs) or len({key.casefold() for key in result}) != len(pairs):
+    if len(result) != len(pairs) or (
+        not _is_plain("".join(result)) and len({key.casefold() for key in result}) != len(pairs)
+    ):
         raise BadRequest(
             "a key stands twice in one object of the body, as it is or in another case: send each"
             " key once",
             code="duplicate_key",
         )
     return result
+
+
+def _is_plain(text: str) -> bool:
+    """Whether no two different parts of ``text`` are the same in another case."""
+    return text.isascii() and text == text.lower()
 
 
 def _no_constant(name: str) -> NoReturn:

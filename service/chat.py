@@ -5,14 +5,14 @@ Reference: OpenAI API, "Create chat completion"; vLLM, ``chat_completion/protoco
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from models.inputs import Speaker
-from service import chat_stream, conversation, extractor, openai_format, sse
-from service.body import dumps
+from service import chat_stream, conversation, extractor, openai_format
+from service.choices_dialect import ChoicesDialect
 from service.conversation import Message
-from service.errors import BadRequest, SluicegateError, UpstreamMalformed
+from service.errors import BadRequest, UpstreamMalformed
 from service.exchange import Annotations, Answer, Choice, Exchange, FieldName, Refusal, Retry
 from service.extractor import Reader, Scan
 
@@ -31,6 +31,27 @@ _FIELD_OF_SPEAKER: Final[Mapping[Speaker, FieldName]] = {
     "assistant": "text",
 }
 _TEXT_PARTS: Final = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+_PART_SCHEMA: Final[Mapping[str, Any]] = {
+    "anyOf": [
+        {"type": "string"},
+        *(
+            {
+                "type": "object",
+                "required": ["type", key],
+                "properties": {"type": {"enum": kinds}, key: {"type": "string"}},
+            }
+            for key, kinds in (
+                ("text", ["text", "input_text", "output_text"]),
+                ("refusal", ["refusal"]),
+                ("thinking", ["thinking"]),
+            )
+        ),
+        {
+            "type": "object",
+            "properties": {"type": {"type": "string", "not": {"enum": sorted(_TEXT_PARTS)}}},
+        },
+    ]
+}
 _MESSAGE_WORDS: Final = frozenset({"tool_call_id", "id"})
 _CALL_WORDS: Final = frozenset({"id", "type", "index"})
 _UNSCANNABLE: Final = ("prompt_embeds", "audio")
@@ -38,11 +59,13 @@ _ECHOES: Final = ("prompt_logprobs", "prompt_token_ids", "prompt_text")
 """What an answer repeats of the prompt, which was judged."""
 
 
-class ChatDialect:
+class ChatDialect(ChoicesDialect):
     """See ``Dialect``."""
 
     name = "chat"
     path = "/v1/chat/completions"
+    identity_prefix = "chatcmpl-"
+    object_name = "chat.completion"
     schema: Mapping[str, Any] = {
         "type": "object",
         "required": ["model", "messages"],
@@ -59,7 +82,7 @@ class ChatDialect:
                         "content": {
                             "anyOf": [
                                 {"type": ["string", "null"]},
-                                {"type": "array", "items": {"type": ["object", "string"]}},
+                                {"type": "array", "items": _PART_SCHEMA},
                             ]
                         },
                     },
@@ -115,10 +138,6 @@ class ChatDialect:
         """See ``Dialect.parse_stream``."""
         return self.parse_answer(exchange, chat_stream.whole(events))
 
-    def forwarded(self, exchange: Exchange) -> Mapping[str, Any] | None:
-        """See ``Dialect.forwarded``: only ``moderation``, which is for us, is taken out."""
-        return openai_format.without_moderation(exchange.body)
-
     def retried(self, exchange: Exchange, retry: Retry) -> Mapping[str, Any]:
         """See ``Dialect.retried``: another seed, and the instruction in the system message."""
         body = dict(self.forwarded(exchange) or exchange.body)
@@ -133,21 +152,6 @@ class ChatDialect:
         else:
             messages.insert(0, {"role": "system", "content": retry.instruction})
         return body | {"messages": messages, "seed": retry.seed, "n": len(retry.choices)}
-
-    def refused(self, exchange: Exchange, identity: str, created: int, refusal: Refusal) -> Answer:
-        """See ``Dialect.refused``."""
-        choices = tuple(
-            self.refused_choice(exchange, index, refusal) for index in range(exchange.choices)
-        )
-        body = {
-            "id": f"chatcmpl-{identity}",
-            "object": "chat.completion",
-            "created": created,
-            "model": exchange.model,
-            "choices": [choice.body for choice in choices],
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-        }
-        return Answer(choices, body)
 
     def refused_choice(self, exchange: Exchange, index: int, refusal: Refusal) -> Choice:
         """See ``Dialect.refused_choice``.
@@ -169,33 +173,13 @@ class ChatDialect:
         }
         return Choice(index, (), body)
 
-    def renumbered(self, choice: Choice, index: int) -> Choice:
-        """See ``Dialect.renumbered``."""
-        return openai_format.renumbered(choice, index)
+    def chunks(self, body: Mapping[str, Any], shows_usage: bool) -> Iterator[Mapping[str, Any]]:
+        """See ``ChoicesDialect.chunks``."""
+        return chat_stream.chunks(body, shows_usage)
 
-    def assembled(self, answer: Answer, choices: tuple[Choice, ...]) -> Mapping[str, Any]:
-        """See ``Dialect.assembled``."""
-        return openai_format.around(answer.body) | {"choices": [choice.body for choice in choices]}
-
-    def annotated(self, body: Mapping[str, Any], asked: Annotations) -> Mapping[str, Any]:
-        """See ``Dialect.annotated``."""
-        return openai_format.annotated(body, asked)
-
-    def annotated_stream(self, raw: bytes, asked: Annotations) -> bytes:
-        """See ``Dialect.annotated_stream``: one chunk before the end, without text."""
-        events = [sse.encode(dumps(chunk)) for chunk in chat_stream.annotation_chunks(asked)]
-        return raw.removesuffix(sse.DONE) + b"".join((*events, sse.DONE))
-
-    def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
-        """See ``Dialect.streamed``."""
-        options = exchange.body.get("stream_options")
-        shows_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        chunks = chat_stream.chunks(body, shows_usage)
-        return b"".join((*(sse.encode(dumps(chunk)) for chunk in chunks), sse.DONE))
-
-    def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
-        """See ``Dialect.error``."""
-        return error.body()
+    def annotation_chunks(self, asked: Annotations) -> Iterator[Mapping[str, Any]]:
+        """See ``ChoicesDialect.annotation_chunks``."""
+        return chat_stream.annotation_chunks(asked)
 
 
 def parse_messages(value: Any, scan: Scan) -> tuple[Message, ...]:
@@ -228,6 +212,8 @@ def _message(value: Mapping[str, Any], path: str, scan: Scan) -> Message:
     field = _FIELD_OF_SPEAKER[speaker]
     text = _content(reader.take("content"), reader.where("content"), scan)
     scan.add(field, reader.where("content"), text)
+    if reader.is_done:
+        return Message(speaker, text, tuple(scan.pieces))
     for key in ("refusal", "reasoning", "reasoning_content"):
         if value.get(key) is not None:
             name: FieldName = "refusal" if key == "refusal" else "reasoning"
@@ -276,7 +262,8 @@ def _parts(content: Sequence[Any], path: str, scan: Scan) -> list[str]:
         key = "text" if kind in ("input_text", "output_text") else kind
         if not isinstance(part.get(key), str):
             raise BadRequest(f"{place}.{key} must be a string", param=f"{place}.{key}")
-        texts.append(extractor.leaves([part[key] for key in part if key != "type"]))
+        said = [part[key] for key in part if key != "type"]
+        texts.append(extractor.leaves([*said, *(k for k in part if not extractor.are_words(k))]))
     return texts
 
 

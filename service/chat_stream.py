@@ -20,6 +20,8 @@ HEAD: Final = frozenset(
 """What every chunk of a stream says again."""
 ENDS: Final = frozenset({"index", "finish_reason", "stop_reason"})
 """What a chunk says of a choice once."""
+_CALL_ENDS: Final = frozenset({"id", "type"})
+"""What a chunk says of a tool call once."""
 
 
 def objects(events: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -51,10 +53,9 @@ def whole(events: Sequence[str]) -> dict[str, Any]:
             _add(choices, item)
     if not choices:
         raise UpstreamMalformed("the upstream's stream ended without an answer")
-    return head | {
-        "object": "chat.completion",
-        "choices": [choices[index] for index in sorted(choices)],
-    }
+    if extractor.are_words(head.get("object")):
+        head["object"] = "chat.completion"
+    return head | {"choices": [choices[index] for index in sorted(choices)]}
 
 
 def chunks(body: Mapping[str, Any], shows_usage: bool) -> Iterator[Mapping[str, Any]]:
@@ -138,7 +139,7 @@ def _add(choices: dict[int, dict[str, Any]], item: Any) -> None:
     empty = {"index": item["index"], "message": {"role": "assistant"}, "finish_reason": None}
     choice = choices.setdefault(item["index"], empty)
     delta = item.get("delta")
-    if not isinstance(delta, dict | None):
+    if not isinstance(delta, dict | None) or "message" in item:
         raise UpstreamMalformed("a choice in the upstream's stream has no delta")
     for key, value in item.items():
         if key not in ("delta", "logprobs"):
@@ -149,14 +150,17 @@ def _add(choices: dict[int, dict[str, Any]], item: Any) -> None:
         if value is None:
             message.setdefault(key, None)
         elif key == "tool_calls":
-            _add_calls(message.setdefault("tool_calls", []), value)
+            message["tool_calls"] = message.get("tool_calls") or []
+            _add_calls(message["tool_calls"], value)
         else:
             add = later if key == "role" else joined
             message[key] = add(message.get(key), value)
 
 
 def _add_calls(calls: list[dict[str, Any]], deltas: Any) -> None:
-    for delta in deltas if isinstance(deltas, list) else ():
+    if not isinstance(deltas, list):
+        raise UpstreamMalformed("the tool calls in the upstream's stream are no list")
+    for delta in deltas:
         if not isinstance(delta, dict) or type(delta.get("index", 0)) is not int:
             raise UpstreamMalformed("a tool call in the upstream's stream has no index")
         position = delta.get("index", 0)
@@ -165,10 +169,10 @@ def _add_calls(calls: list[dict[str, Any]], deltas: Any) -> None:
         if position == len(calls):
             calls.append({"function": {}})
         call = calls[position]
+        function = delta.get("function") or {}
+        if not isinstance(function, dict) or not isinstance(function.get("arguments"), str | None):
+            raise UpstreamMalformed("a tool call in the upstream's stream is no function's")
         for key, value in delta.items():
-            if key == "function" and isinstance(value, dict):
-                for name, text in value.items():
-                    if isinstance(text, str):
-                        call["function"][name] = call["function"].get(name, "") + text
-            elif key != "index":
-                call[key] = later(call.get(key), value)
+            if key != "index":
+                add = later if key in _CALL_ENDS else joined
+                call[key] = add(call.get(key), value)

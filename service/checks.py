@@ -7,11 +7,11 @@ that ends with the assistant's turn asks about that turn as a response.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from models.inputs import GuardInput, Turn
 from service import conversation, moderations
-from service.chat import parse_messages
+from service.chat import ChatDialect, parse_messages
 from service.errors import BadRequest, Unscannable
 from service.exchange import Direction, Field
 from service.extractor import Scan
@@ -19,6 +19,32 @@ from service.judgement import Judgement
 from service.policy import Decision, Policy
 
 _KEYS = frozenset({"model", "prompt", "response", "messages"})
+_MODEL: Final = {"type": ["string", "null"]}
+_TEXT: Final = {"type": "string", "minLength": 1}
+SCHEMA: Final[Mapping[str, Any]] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["prompt"],
+            "properties": {
+                "model": _MODEL,
+                "prompt": _TEXT,
+                "response": {"anyOf": [_TEXT, {"type": "null"}]},
+            },
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "required": ["messages"],
+            "properties": {
+                "model": _MODEL,
+                "messages": ChatDialect.schema["properties"]["messages"],
+            },
+            "additionalProperties": False,
+        },
+    ]
+}
+"""JSON Schema of a request."""
 
 
 def parse(body: Mapping[str, Any], guard_id: str) -> dict[Direction, list[Field]]:

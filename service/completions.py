@@ -6,13 +6,13 @@ Reference: OpenAI API, "Create completion"; vLLM, ``completion/protocol.py``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from models.inputs import GuardInput, Turn
-from service import completions_stream, conversation, openai_format, sse
-from service.body import dumps
-from service.errors import SluicegateError, TooLarge, UpstreamMalformed
+from service import completions_stream, conversation, openai_format
+from service.choices_dialect import ChoicesDialect
+from service.errors import TooLarge, UpstreamMalformed
 from service.exchange import Annotations, Answer, Choice, Exchange, Field, Refusal, Retry
 from service.extractor import Reader, Scan
 from service.prompts import PROMPT_SCHEMA, Prompt, parse_prompts, text_fields, token_prompts
@@ -25,11 +25,13 @@ _ECHOES: Final = ("prompt_logprobs", "prompt_token_ids")
 _TOKEN_ID: Final = re.compile(r"token_id:\d+")
 
 
-class CompletionsDialect:
+class CompletionsDialect(ChoicesDialect):
     """See ``Dialect``. Choice ``i`` completes prompt ``i // n``."""
 
     name = "completions"
     path = "/v1/completions"
+    identity_prefix = "cmpl-"
+    object_name = "text_completion"
     schema: Mapping[str, Any] = {
         "type": "object",
         "required": ["model"],
@@ -100,10 +102,6 @@ class CompletionsDialect:
         """See ``Dialect.parse_stream``."""
         return self.parse_answer(exchange, completions_stream.whole(events))
 
-    def forwarded(self, exchange: Exchange) -> Mapping[str, Any] | None:
-        """See ``Dialect.forwarded``: only ``moderation``, which is for us, is taken out."""
-        return openai_format.without_moderation(exchange.body)
-
     def retried(self, exchange: Exchange, retry: Retry) -> Mapping[str, Any]:
         """See ``Dialect.retried``: the prompts of ``retry.choices``, once for each, and another
         seed. Of one prompt it asks for several choices: vLLM gives prompts of a list the same seed.
@@ -125,21 +123,6 @@ class CompletionsDialect:
             return body | {"prompt": again[:1], "seed": retry.seed, "n": len(numbers)}
         return body | {"prompt": again or None, "seed": retry.seed, "n": 1}
 
-    def refused(self, exchange: Exchange, identity: str, created: int, refusal: Refusal) -> Answer:
-        """See ``Dialect.refused``."""
-        choices = tuple(
-            self.refused_choice(exchange, index, refusal) for index in range(exchange.choices)
-        )
-        body = {
-            "id": f"cmpl-{identity}",
-            "object": "text_completion",
-            "created": created,
-            "model": exchange.model,
-            "choices": [choice.body for choice in choices],
-            "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-        }
-        return Answer(choices, body)
-
     def refused_choice(self, exchange: Exchange, index: int, refusal: Refusal) -> Choice:
         """See ``Dialect.refused_choice``."""
         body = {
@@ -150,33 +133,13 @@ class CompletionsDialect:
         }
         return Choice(index, (), body)
 
-    def renumbered(self, choice: Choice, index: int) -> Choice:
-        """See ``Dialect.renumbered``."""
-        return openai_format.renumbered(choice, index)
+    def chunks(self, body: Mapping[str, Any], shows_usage: bool) -> Iterator[Mapping[str, Any]]:
+        """See ``ChoicesDialect.chunks``."""
+        return completions_stream.chunks(body, shows_usage)
 
-    def assembled(self, answer: Answer, choices: tuple[Choice, ...]) -> Mapping[str, Any]:
-        """See ``Dialect.assembled``."""
-        return openai_format.around(answer.body) | {"choices": [choice.body for choice in choices]}
-
-    def annotated(self, body: Mapping[str, Any], asked: Annotations) -> Mapping[str, Any]:
-        """See ``Dialect.annotated``: the same keys as in a chat."""
-        return openai_format.annotated(body, asked)
-
-    def annotated_stream(self, raw: bytes, asked: Annotations) -> bytes:
-        """See ``Dialect.annotated_stream``: chunks before the end, without text."""
-        events = [sse.encode(dumps(chunk)) for chunk in completions_stream.annotation_chunks(asked)]
-        return raw.removesuffix(sse.DONE) + b"".join((*events, sse.DONE))
-
-    def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
-        """See ``Dialect.streamed``."""
-        options = exchange.body.get("stream_options")
-        shows_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        chunks = completions_stream.chunks(body, shows_usage)
-        return b"".join((*(sse.encode(dumps(chunk)) for chunk in chunks), sse.DONE))
-
-    def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
-        """See ``Dialect.error``."""
-        return error.body()
+    def annotation_chunks(self, asked: Annotations) -> Iterator[Mapping[str, Any]]:
+        """See ``ChoicesDialect.annotation_chunks``."""
+        return completions_stream.annotation_chunks(asked)
 
 
 def _prompts(body: Mapping[str, Any]) -> Mapping[str, Prompt]:

@@ -33,6 +33,8 @@ ErrorBody = Callable[[SluicegateError, str], Mapping[str, Any]]
 """From an error and a request's id to the body of the answer."""
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_UNWATCHED_SECONDS: Final = 0.02
+"""How long a request may take before anybody looks whether its client is still there."""
 _OBJECT: Final[Mapping[str, Any]] = {"type": "object"}
 
 
@@ -72,7 +74,7 @@ class Endpoints:
         self._app = app
         self._limit = settings.body_bytes
         self._seconds = settings.body_seconds
-        self._requests = metrics.requests
+        self._metrics = metrics
 
     def post(
         self,
@@ -106,7 +108,7 @@ class Endpoints:
                 ours = _ours(error, path)
                 response = json_response(error_body(ours, identity), ours.status, ours.headers())
             response.headers["x-request-id"] = identity
-            self._requests.labels(path, response.status_code).inc()
+            self._metrics.answered(path, response.status_code)
             return response
 
         return endpoint
@@ -166,22 +168,45 @@ async def _while_connected(request: Request, work: Awaitable[Response]) -> Respo
     """The result of ``work``, which is cancelled if the client goes away before."""
     task = asyncio.current_task()
     assert task is not None
-    watch = asyncio.create_task(_cancel_when_gone(request, task))
+    watch = _Watch(request, task)
     try:
         return await work
     except asyncio.CancelledError:
         # Ours to answer for if the watch did it and nobody else.
-        if watch.done() and not task.uncancel():
+        if watch.saw_it_go and not task.uncancel():
             raise ClientDisconnected from None
         raise
     finally:
-        watch.cancel()
+        watch.end()
 
 
-async def _cancel_when_gone(request: Request, task: asyncio.Task[Any]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()
+class _Watch:
+    """Cancels a task when its client goes away. Most are done before watching is worth a task."""
+
+    def __init__(self, request: Request, task: asyncio.Task[Any]) -> None:
+        self._request = request
+        self._task = task
+        self._watcher: asyncio.Task[None] | None = None
+        self._start = asyncio.get_running_loop().call_later(_UNWATCHED_SECONDS, self._begin)
+
+    @property
+    def saw_it_go(self) -> bool:
+        """Whether it was this that cancelled the task."""
+        return self._watcher is not None and self._watcher.done()
+
+    def end(self) -> None:
+        """Watches no longer."""
+        self._start.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    def _begin(self) -> None:
+        self._watcher = asyncio.create_task(self._cancel_when_gone())
+
+    async def _cancel_when_gone(self) -> None:
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        self._task.cancel()
 
 
 def _refuse_encoding(request: Request) -> None:

@@ -101,6 +101,8 @@ class Answer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     unscannable: tuple[str, ...] = ()
+    own_keys: frozenset[str] = frozenset()
+    """Keys of ``body`` that say what the request did not: judged with a choice, and no other."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ from typing import Any, Final
 from service.body import strings
 from service.exchange import FieldName
 
-_WORD: Final = re.compile(r"[\w.:/@+=-]{0,128}")
-"""An identifier: no room for a sentence."""
+_WORD: Final = re.compile(r"[\w.:/@+=-]{0,128}", re.ASCII)
+"""An identifier: no room for a sentence, as there would be without blanks in Chinese."""
 
 _PLAIN: Final = (bool, int, float, type(None))
 
@@ -56,13 +56,20 @@ class Scan:
 
 
 class Reader:
-    """Takes an object apart key by key, and remembers what nobody took."""
+    """Takes an object apart key by key, and remembers what nobody took. A null says nothing."""
 
     __slots__ = ("_left", "path")
 
     def __init__(self, value: Mapping[str, Any], path: str = "") -> None:
-        self._left = dict(value)
+        self._left = {
+            key: inner for key, inner in value.items() if inner is not None or not _is_name(key)
+        }
         self.path = path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything was taken."""
+        return not self._left
 
     def take(self, key: str) -> Any:
         """The value of ``key``, which the caller answers for; None where there is none."""
@@ -78,9 +85,10 @@ class Reader:
 
     def pass_words(self, keys: frozenset[str]) -> None:
         """Passes over values of ``keys`` that are words; others stay and are scanned."""
-        for key in self._left.keys() & keys:
-            if are_words(self._left[key]):
-                del self._left[key]
+        left = self._left
+        for key in left.keys() & keys:
+            if are_words(left[key]):
+                del left[key]
 
     def refuse(self, scan: Scan, keys: Iterable[str]) -> None:
         """Takes ``keys`` as what cannot be scanned."""
@@ -92,7 +100,7 @@ class Reader:
         """Adds what nobody took: strings as ``other``, token ids as what cannot be scanned."""
         texts = []
         for key, value in self._left.items():
-            if not _WORD.fullmatch(key):
+            if not _is_name(key) and not _WORD.fullmatch(key):
                 texts.append(key)
             if type(value) in _PLAIN:
                 continue
@@ -140,6 +148,11 @@ def arguments(raw: Any) -> str:
     except (ValueError, RecursionError):
         return raw
     return leaves(parsed) if isinstance(parsed, list | str) else raw
+
+
+def _is_name(key: str) -> bool:
+    """Whether ``key`` is plainly a word; cheaper than to match it."""
+    return key.isascii() and key.isidentifier() and len(key) <= 128
 
 
 def _flat(pairs: list[tuple[str, Any]]) -> list[Any]:

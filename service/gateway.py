@@ -189,12 +189,15 @@ class Gateway:
     ) -> ResponseJudged | DeadlinePassed:
         attempt = len(progress.answers)
         fields = [field for number in choices for field in progress.choices[number].fields]
-        try:
+        if attempt == 1:
             # The first answer has the guard's own deadline; later ones the policy's beside it.
-            async with asyncio.timeout_at(deadline if attempt > 1 else None):
-                judgements = await self._judgements("response", attempt, fields, progress)
-        except TimeoutError:
-            return DeadlinePassed()
+            judgements = await self._judgements("response", attempt, fields, progress)
+        else:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    judgements = await self._judgements("response", attempt, fields, progress)
+            except TimeoutError:
+                return DeadlinePassed()
         decisions: dict[int, Decision | None] = dict.fromkeys(choices)
         if judgements is not None:
             tightens = exchange.moderation is not None and exchange.moderation.blocks_response

@@ -66,7 +66,7 @@ class Ledger:
         self, direction: Direction, attempt: int, judgements: Sequence[Judgement], seconds: float
     ) -> None:
         """One direction was judged, in ``seconds``."""
-        self._keeper.metrics.guard_seconds.labels(direction).observe(seconds)
+        self._keeper.metrics.judged(direction, seconds)
         self._entries += (
             _Entry(direction, attempt, judgement, seconds) for judgement in judgements
         )
@@ -81,7 +81,7 @@ class Ledger:
         metrics = self._keeper.metrics
         total = time.perf_counter() - self._started
         for direction, outcome in outcomes.items():
-            metrics.outcomes.labels(direction, outcome).inc()
+            metrics.ended(direction, outcome)
         for entry in self._entries:
             verdict = entry.judgement.decision.verdict
             metrics.verdict(entry.direction, verdict, outcomes.get(entry.direction, "error"))

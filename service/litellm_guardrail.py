@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from models.inputs import GuardInput, Turn
 from service import conversation, openai_format
-from service.chat import parse_messages
+from service.chat import ChatDialect, parse_messages
 from service.conversation import Message
 from service.errors import BadRequest, Unscannable
 from service.exchange import Direction, Field, FieldName
@@ -29,7 +29,10 @@ SCHEMA: Final[Mapping[str, Any]] = {
     "properties": {
         "input_type": {"enum": ["request", "response"]},
         "texts": {"type": ["array", "null"], "items": {"type": "string"}},
-        "structured_messages": {"type": ["array", "null"], "items": {"type": "object"}},
+        "structured_messages": {
+            "type": ["array", "null"],
+            "items": ChatDialect.schema["properties"]["messages"]["items"],
+        },
         "tools": {"type": ["array", "null"], "items": {"type": "object"}},
         "tool_calls": {"type": ["array", "null"], "items": {"type": "object"}},
         "images": {"type": ["array", "null"], "items": {"type": "string"}},

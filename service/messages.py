@@ -57,10 +57,41 @@ _ERROR_TYPES: Final[Mapping[int, str]] = {
 }
 
 
+_BLOCK_SCHEMAS: Final[list[Mapping[str, Any]]] = [
+    {"type": "string"},
+    *(
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {"type": {"enum": [kind]}, kind: {"type": ["string", "null"]}},
+        }
+        for kind in ("text", "thinking")
+    ),
+    {
+        "type": "object",
+        "required": ["type"],
+        "properties": {
+            "type": {"type": "string", "not": {"pattern": "^(text|thinking)$|tool_result$"}}
+        },
+    },
+]
+_RESULT_SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "required": ["type"],
+    "properties": {
+        "type": {"enum": ["tool_result"]},
+        "content": {
+            "anyOf": [
+                {"type": ["string", "null"]},
+                {"type": "array", "items": {"anyOf": _BLOCK_SCHEMAS}},
+            ]
+        },
+    },
+}
 _CONTENT_SCHEMA: Final[Mapping[str, Any]] = {
     "anyOf": [
         {"type": ["string", "null"]},
-        {"type": "array", "items": {"type": ["object", "string"]}},
+        {"type": "array", "items": {"anyOf": [*_BLOCK_SCHEMAS, _RESULT_SCHEMA]}},
     ]
 }
 

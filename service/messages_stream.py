@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from service import extractor, sse, verdict_shapes
 from service.body import dumps, parse_object
-from service.chat_stream import later
+from service.chat_stream import joined, later
 from service.errors import BadRequest, UpstreamMalformed
 from service.exchange import Annotations
 
@@ -31,6 +31,8 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "message_stop": frozenset({"type"}),
     "ping": frozenset({"type"}),
 }
+_ENDS: Final = frozenset({"stop_reason", "stop_sequence"})
+"""What the end of a message says once."""
 
 
 def objects(events: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -87,11 +89,14 @@ def whole(events: Sequence[str]) -> dict[str, Any]:
             if event.get("index") != len(blocks):
                 raise UpstreamMalformed("a block in the upstream's stream is out of order")
             blocks.append(_Block(event.get("content_block")))
-        elif kind == "content_block_delta":
+        else:
             index = event.get("index")
+            if kind == "message_stop":
+                continue
             if type(index) is not int or not 0 <= index < len(blocks):
-                raise UpstreamMalformed("a delta in the upstream's stream belongs to no block")
-            blocks[index].add(event.get("delta"))
+                raise UpstreamMalformed("an event of the upstream's stream belongs to no block")
+            if kind == "content_block_delta":
+                blocks[index].add(event.get("delta"))
     if message is None:
         raise UpstreamMalformed("the upstream's stream ended without a message")
     message["content"] = [block.whole() for block in blocks]
@@ -170,9 +175,11 @@ class _Block:
             raise UpstreamMalformed("a delta in the upstream's stream is not an object")
         value = self._value
         for key, piece in delta.items():
-            if key == "type" or piece is None:
+            if key == "type":
                 continue
-            if key == "partial_json" and isinstance(piece, str):
+            if piece is None:
+                value.setdefault(key, None)
+            elif key == "partial_json" and isinstance(piece, str):
                 self._json += piece
             elif key == "citation":
                 value["citations"] = [*_listed(value.get("citations")), piece]
@@ -183,7 +190,7 @@ class _Block:
             ):
                 value[key] = (value.get(key) or "") + piece
             else:
-                value[key] = later(value.get(key), piece)
+                value[key] = joined(value.get(key), piece)
 
     def whole(self) -> dict[str, Any]:
         """The block as if it had not been streamed."""
@@ -222,7 +229,8 @@ def _end(message: dict[str, Any], event: Mapping[str, Any]) -> None:
     if not isinstance(delta, dict | None) or "content" in (delta or {}):
         raise UpstreamMalformed("the end of the upstream's message cannot be read")
     for key, value in (delta or {}).items():
-        message[key] = later(message.get(key), value)
+        add = later if key in _ENDS else joined
+        message[key] = add(message.get(key), value)
     usage, known = event.get("usage"), message.get("usage")
     if isinstance(usage, dict) and isinstance(known, dict):
         message["usage"] = known | {key: later(known.get(key), usage[key]) for key in usage}

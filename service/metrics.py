@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -119,6 +120,13 @@ class Metrics:
             registry=registry,
         )
 
+        # Finding a labelled child costs more than counting in it. Their labels are few.
+        self._outcome = cache(self.outcomes.labels)
+        self._request = cache(self.requests.labels)
+        self._guard_seconds = cache(self.guard_seconds.labels)
+        self._cached = cache(self.cache_requests.labels)
+        self._upstream_request = cache(self.upstream_requests.labels)
+
     def watch(
         self, batcher: Batcher, state: State, recorder: Recorder, upstreams: Upstreams
     ) -> None:
@@ -127,11 +135,23 @@ class Metrics:
 
     def cached(self, is_hit: bool) -> None:
         """A verdict was looked up."""
-        self.cache_requests.labels("local", "hit" if is_hit else "miss").inc()
+        self._cached("local", "hit" if is_hit else "miss").inc()
 
     def upstream_answered(self, upstream: str, is_answered: bool) -> None:
         """An upstream was called."""
-        self.upstream_requests.labels(upstream, "answered" if is_answered else "failed").inc()
+        self._upstream_request(upstream, "answered" if is_answered else "failed").inc()
+
+    def answered(self, route: str, status: int) -> None:
+        """A request was answered; ``route`` is a template."""
+        self._request(route, status).inc()
+
+    def judged(self, direction: Direction, seconds: float) -> None:
+        """One direction of an exchange was judged."""
+        self._guard_seconds(direction).observe(seconds)
+
+    def ended(self, direction: Direction, outcome: str) -> None:
+        """One direction of an exchange is over."""
+        self._outcome(direction, outcome).inc()
 
     def batch(self, rows: int, tokens: int, seconds: float) -> None:
         """A batch of the guard was scored."""

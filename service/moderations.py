@@ -17,6 +17,30 @@ from models.verdict import OPERATING_POINT, Coverage, Verdict
 from service.errors import BadRequest, TooLarge, UnknownModel, Unscannable
 from service.exchange import Field
 
+_PART_SCHEMAS: Final[list[Mapping[str, Any]]] = [
+    {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"enum": ["text"]}, "text": {"type": "string", "minLength": 1}},
+    },
+    {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["image_url"]}}},
+]
+SCHEMA: Final[Mapping[str, Any]] = {
+    "type": "object",
+    "required": ["input"],
+    "properties": {
+        "model": {"type": ["string", "null"]},
+        "input": {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "minItems": 1, "items": {"type": "string", "minLength": 1}},
+                {"type": "array", "minItems": 1, "items": {"anyOf": _PART_SCHEMAS}},
+            ]
+        },
+    },
+}
+"""JSON Schema of a request."""
+
 _ALIASES: Final = re.compile(r"(omni|text)-moderation-[a-z0-9.-]{1,64}")
 
 

@@ -26,6 +26,7 @@ WORDS: Final = frozenset(
 )  # fmt: skip
 # A client's template can hide words from us; the others name what a cache of the upstream holds.
 _OPAQUE: Final = ("chat_template", "kv_transfer_params", "ec_transfer_params")
+_MODEL: Final = frozenset({"model"})
 _CHOICE_WORDS: Final = frozenset({"finish_reason", "stop_reason"})
 # The same tokens as the text that is judged, one by one, or their numbers.
 _CHOICE_TOKENS: Final = ("logprobs", "token_ids", "routed_experts")
@@ -68,9 +69,11 @@ class Head:
 
 def head(reader: Reader) -> Head:
     """Takes the keys that every request has; ``BadRequest`` names one that is wrong."""
-    model = reader.take("model")
+    model = reader.peek("model")
     if not isinstance(model, str) or not model:
         raise BadRequest("model must be a string that names a model", param="model")
+    # A sentence in place of a name is left to be scanned as what it is.
+    reader.pass_words(_MODEL)
     stream = reader.take("stream")
     if not isinstance(stream, bool | None):
         raise BadRequest("stream must be true or false", param="stream")

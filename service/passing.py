@@ -27,6 +27,14 @@ VERSION: Final = "/version"
 _JSON: Final = ("content-type", "application/json")
 
 
+def schema(reader: Dialect | None) -> Mapping[str, Any]:
+    """JSON Schema of what a counting route takes, where ``reader`` looks through its messages."""
+    if reader is None:
+        return {"type": "object"}
+    properties = {**reader.schema["properties"], "model": {"type": ["string", "null"]}}
+    return {"type": "object", "properties": properties}
+
+
 @dataclass(frozen=True, slots=True)
 class OpenRoute:
     """A route that the operator opened: what goes through it is neither judged nor recorded."""

@@ -33,14 +33,20 @@ STREAM: Final = "sg1:{records}:stream"
 ENTRIES: Final = "sg1:{records}:entries"
 """Record id → id of its entry in the stream."""
 
-# KEYS: stream, entries. ARGV: most records, longest age in milliseconds, then id, data, id, data…
+# KEYS: stream, entries. ARGV: most records, longest age in milliseconds, ids and data, each a line
+# of one argument: packing many arguments costs the client more than splitting costs the server.
 # It trims first, because deleting is allowed in a server that is full and adding is not; and no
 # more than it may add, so that one call stays short.
 _STORE: Final = """
 local stream, entries = KEYS[1], KEYS[2]
-local arriving = 0
-for i = 3, #ARGV, 2 do
-  arriving = arriving + 1 - redis.call('HEXISTS', entries, ARGV[i])
+local new, arriving = {}, 0
+local lines = ARGV[4]:gmatch('[^\\n]+')
+for id in ARGV[3]:gmatch('[^\\n]+') do
+  local data = lines()
+  if not new[id] and redis.call('HEXISTS', entries, id) == 0 then
+    arriving = arriving + 1
+    new[arriving], new[id] = id, data
+  end
 end
 local over = redis.call('XLEN', stream) + arriving - tonumber(ARGV[1])
 local now = redis.call('TIME')
@@ -54,15 +60,11 @@ if first and (over > 0 or tonumber(first[1]:match('^%d+')) < oldest) then
     over = over - 1
   end
 end
-local added = 0
-for i = 3, #ARGV, 2 do
-  if redis.call('HEXISTS', entries, ARGV[i]) == 0 then
-    local entry = redis.call('XADD', stream, '*', 'id', ARGV[i], 'data', ARGV[i + 1])
-    redis.call('HSET', entries, ARGV[i], entry)
-    added = added + 1
-  end
+for i = 1, arriving do
+  local entry = redis.call('XADD', stream, '*', 'id', new[i], 'data', new[new[i]])
+  redis.call('HSET', entries, new[i], entry)
 end
-return added
+return arriving
 """
 
 _encode: Final = TypeAdapter(dict[str, Any]).dump_json
@@ -279,7 +281,12 @@ class Recorder:
             self._spooled.set()
 
     async def _store(self, entries: Sequence[Entry]) -> None:
-        arguments = [*self._bounds, *(part for entry in entries for part in entry)]
+        ids = "\n".join([identity for identity, _ in entries])
+        arguments: list[str | bytes] = [
+            *self._bounds,
+            ids,
+            b"\n".join([data for _, data in entries]),
+        ]
         async with self._state.connected() as redis:
             added = await self._store_script([STREAM, ENTRIES], arguments, client=redis)
         self.counts.stored += added

@@ -58,7 +58,7 @@ class ResponseRoutes:
 
     async def read(self, identity: str, query: QueryParams, headers: Mapping[str, str]) -> Any:
         """``GET /v1/responses/{id}``."""
-        if query.get("stream") == "true":
+        if query.get("stream", "false").lower() not in ("false", "0"):
             raise BadRequest("a response that is kept is not streamed: leave stream out")
         return (await self._stored(self._owner(headers), identity)).response
 
@@ -86,12 +86,12 @@ class ResponseRoutes:
             return None
         if not isinstance(identity, str):
             raise BadRequest(f"{_PREVIOUS} must be a string", param=_PREVIOUS)
-        return await self._stored(owner, identity)
+        return await self._stored(owner, identity, _PREVIOUS)
 
-    async def _stored(self, owner: str, identity: str) -> Stored:
+    async def _stored(self, owner: str, identity: str, param: str | None = None) -> Stored:
         stored = await self._store.find(owner, identity)
         if stored is None:
-            raise _unknown()
+            raise _unknown(param)
         return stored
 
     async def _keep(self, owner: str, response: Mapping[str, Any], items: Any) -> None:
@@ -108,9 +108,9 @@ class ResponseRoutes:
         return hmac.digest(self._hash_key, f"owner\x00{shown}".encode(), "sha256").hex()[:32]
 
 
-def _unknown() -> NotFound:
+def _unknown(param: str | None = None) -> NotFound:
     return NotFound(
         "no such response is kept here: it may have expired, or another credential asked for it",
         code="response_not_found",
-        param=_PREVIOUS,
+        param=param,
     )

@@ -123,10 +123,10 @@ def listed(
     stored: Stored, *, limit: int = 20, after: str | None = None, order: str = "desc"
 ) -> dict[str, Any]:
     """A page of the input items, as ``GET /v1/responses/{id}/input_items`` answers. An item
-    without an id gets its place for one.
+    without an id gets its place for one, and a text stands in a part, as clients' types want it.
     """
     items = [
-        {"type": "message", "id": f"item_{number}", **item}
+        {"type": "message", "id": f"item_{number}", **_in_parts(item)}
         for number, item in enumerate(inputs_of(stored))
     ]
     if order == "desc":
@@ -171,6 +171,16 @@ def _as_input(item: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(content, list):
         return item
     return {**item, "content": [_part_as_input(part) for part in content]}
+
+
+def _in_parts(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    content = item.get("content")
+    if not isinstance(content, str):
+        return item
+    part: dict[str, Any] = {"type": "input_text", "text": content}
+    if item.get("role") == "assistant":
+        part = {"type": "output_text", "text": content, "annotations": []}
+    return {**item, "content": [part]}
 
 
 def _part_as_input(part: Any) -> Any:

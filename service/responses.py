@@ -16,7 +16,7 @@ from service.conversation import Message
 from service.errors import BadRequest, SluicegateError, UpstreamMalformed
 from service.exchange import Annotations, Answer, Choice, Exchange, Refusal, Retry
 from service.extractor import Piece, Reader, Scan
-from service.responses_items import SPEAKERS, parse_item, parse_items
+from service.responses_items import ITEM_SCHEMA, parse_item, parse_items
 
 _REQUEST_WORDS: Final = openai_format.WORDS | {
     "background", "reasoning", "text", "prompt_cache_retention", "prompt_cache_options",
@@ -67,21 +67,14 @@ class ResponsesDialect:
                     {
                         "type": "array",
                         "minItems": 1,
-                        "items": {
-                            "type": "object",
-                            "properties": {
-                                "type": {"type": "string"},
-                                "role": {"type": "string", "enum": list(SPEAKERS)},
-                            },
-                        },
+                        "items": ITEM_SCHEMA,
                     },
                 ]
             },
             "instructions": {"type": ["string", "null"]},
             "background": {"enum": [False, None]},
             "previous_response_id": {"type": ["string", "null"]},
-            "stream": openai_format.SHARED_SCHEMA["stream"],
-            "moderation": openai_format.SHARED_SCHEMA["moderation"],
+            **openai_format.SHARED_SCHEMA,
         },
     }
 
@@ -179,8 +172,14 @@ class ResponsesDialect:
         return replace(choice, index=index)
 
     def assembled(self, answer: Answer, choices: tuple[Choice, ...]) -> Mapping[str, Any]:
-        """See ``Dialect.assembled``. Of ``answer`` only its head is left."""
-        head = {key: value for key, value in answer.body.items() if key in _HEAD_KEYS}
+        """See ``Dialect.assembled``. Of ``answer`` only its head is left, and of that what the
+        request said, and identifiers.
+        """
+        head = {
+            key: value
+            for key, value in answer.body.items()
+            if key in _HEAD_KEYS and key not in answer.own_keys
+        }
         return {**head, "error": None, **choices[0].body}
 
     def annotated(self, body: Mapping[str, Any], asked: Annotations) -> Mapping[str, Any]:
@@ -219,13 +218,17 @@ def _answer(exchange: Exchange, body: Mapping[str, Any], scan: Scan) -> Answer:
     for number, item in enumerate(output):
         own = Scan(unscannable=scan.unscannable)
         pieces += parse_item(item, f"output[{number}]", own, is_answer=True).pieces
-    for key, value in body.items():
-        if key in exchange.body and _is_echo(key, value, exchange.body[key]):
-            reader.take(key)
+    echoes = {
+        key
+        for key, value in body.items()
+        if key in exchange.body and _is_echo(key, value, exchange.body[key])
+    }
     # What another attempt was told comes back with its answer.
     told = exchange.instruction and _instructed(exchange.body, exchange.instruction)
     if told and body.get("instructions") == told:
-        reader.take("instructions")
+        echoes.add("instructions")
+    for key in echoes:
+        reader.take(key)
     reader.refuse(scan, _UNSCANNABLE_IN_ANSWERS)
     reader.pass_words(_BODY_WORDS)
     # Where the request has no such key, these are the upstream's defaults.
@@ -246,6 +249,11 @@ def _answer(exchange: Exchange, body: Mapping[str, Any], scan: Scan) -> Answer:
         openai_format.count(usage.get("input_tokens")),
         openai_format.count(usage.get("output_tokens")),
         tuple(scan.unscannable),
+        frozenset(
+            key
+            for key, value in body.items()
+            if key not in echoes and not _is_identifier(key, value)
+        ),
     )
 
 
@@ -260,6 +268,14 @@ def _is_echo(key: str, value: Any, asked: Any) -> bool:
         return False
     said = set(strings(asked))
     return all(text in said or extractor.are_words(text) for text in strings(value))
+
+
+def _is_identifier(key: str, value: Any) -> bool:
+    """Whether ``value`` says nothing, or names something under a key where names belong."""
+    if not extractor.leaves(value):
+        return True
+    names = key == "model" or key in _BODY_WORDS or key in _REQUEST_WORDS
+    return names and extractor.are_words(value)
 
 
 def _refused(exchange: Exchange, identity: str, refusal: Refusal) -> Choice:

@@ -45,6 +45,59 @@ _MEDIA: Final = frozenset(
     }
 )  # fmt: skip
 _ITEM_WORDS: Final = frozenset({"type", "id", "call_id", "status", "phase", "role"})
+_PART_SCHEMAS: Final[list[Mapping[str, Any]]] = [
+    {"type": "string"},
+    *(
+        {
+            "type": "object",
+            "required": ["type", key],
+            "properties": {"type": {"enum": kinds}, key: {"type": "string"}},
+        }
+        for key, kinds in (("text", sorted(_TEXT_PARTS)), ("refusal", ["refusal"]))
+    ),
+    {
+        "type": "object",
+        "properties": {
+            "type": {"type": "string", "not": {"enum": [*sorted(_TEXT_PARTS), "refusal"]}}
+        },
+    },
+]
+_CONTENT_SCHEMA: Final[Mapping[str, Any]] = {
+    "anyOf": [
+        {"type": ["string", "null"]},
+        {"type": "array", "items": {"anyOf": _PART_SCHEMAS}},
+    ]
+}
+_WITH_PARTS: Final = ["message", "reasoning", *sorted(_OUTPUTS)]
+ITEM_SCHEMA: Final[Mapping[str, Any]] = {
+    "anyOf": [
+        {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "type": {"enum": ["message", None]},
+                "role": {"type": "string", "enum": list(SPEAKERS)},
+                "content": _CONTENT_SCHEMA,
+            },
+        },
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {
+                "type": {"enum": _WITH_PARTS[1:]},
+                "summary": _CONTENT_SCHEMA,
+                "content": _CONTENT_SCHEMA,
+                "output": _CONTENT_SCHEMA,
+            },
+        },
+        {
+            "type": "object",
+            "required": ["type"],
+            "properties": {"type": {"type": "string", "not": {"enum": _WITH_PARTS}}},
+        },
+    ]
+}
+"""JSON Schema of an item of an input."""
 _STORED_ELSEWHERE: Final = ("prompt", "conversation")
 """In place of an input: what only the upstream can look up."""
 

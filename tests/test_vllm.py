@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import pytest
 from openai import OpenAI
@@ -306,3 +307,131 @@ def test_no_unsafe_answer_gets_through_and_some_are_regenerated(
     assert unsafe_before > 0
     assert max(attempts) > 1
     assert "regenerated" in outcomes
+
+
+# --- The other dialects ------------------------------------------------------------------------
+def without_what_differs(body: str) -> str:
+    """``body`` without what vLLM makes anew for each answer: ids, times, and figures of cost."""
+    body = re.sub(r'"(id|request_id|item_id)":"[^"]*"', r'"\1":"…"', body)
+    body = re.sub(r'"(created|created_at|completed_at)":[\d.]+', r'"\1":0', body)
+    return re.sub(r'"cached_tokens":\d+', '"cached_tokens":0', body)
+
+
+DIALECTS = {
+    "/v1/completions": {"prompt": "The capital of France is", "temperature": 0, "max_tokens": 8},
+    "/v1/responses": {"input": SAFE, "temperature": 0, "max_output_tokens": 24, "store": False},
+    "/v1/messages": {
+        "messages": [{"role": "user", "content": SAFE}],
+        "temperature": 0,
+        "max_tokens": 24,
+    },
+}
+
+
+def post(url: str, path: str, body: Mapping[str, Any], **headers: str) -> httpx.Response:
+    return httpx.post(
+        f"{url}{path}", json={"model": MODEL_NAME, **body}, headers=headers, timeout=120
+    )
+
+
+@pytest.mark.parametrize("path", DIALECTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_safe_answer_in_any_dialect_is_what_vllm_says(
+    path: str, stream: bool, upstream: str, guarded: str
+) -> None:
+    body = DIALECTS[path] | {"stream": stream}
+    direct, proxied = post(upstream, path, body), post(guarded, path, body)
+    assert (direct.status_code, proxied.status_code) == (200, 200), proxied.text
+    assert proxied.headers["x-sluicegate-outcome"] == "allowed"
+    assert proxied.headers["content-type"] == direct.headers["content-type"]
+    assert without_what_differs(proxied.text) == without_what_differs(direct.text)
+
+
+@pytest.mark.parametrize("path", DIALECTS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_harmful_request_is_refused_in_any_dialect(path: str, stream: bool, guarded: str) -> None:
+    body: dict[str, Any] = dict(DIALECTS[path]) | {"stream": stream}
+    for key in ("prompt", "input"):
+        if key in body:
+            body[key] = HARMFUL
+    if "messages" in body:
+        body["messages"] = [{"role": "user", "content": HARMFUL}]
+    answer = post(guarded, path, body)
+    assert answer.status_code == 200
+    assert answer.headers["x-sluicegate-outcome"] == "blocked"
+    assert "can't help" in answer.text
+
+
+def test_an_answer_in_any_dialect_is_regenerated_or_refused(regenerating: str) -> None:
+    for path, base in DIALECTS.items():
+        for prompt in PROMPTS[:3]:
+            body: dict[str, Any] = dict(base) | {"temperature": 0.8}
+            if "messages" in body:
+                body["messages"] = [{"role": "user", "content": prompt}]
+            else:
+                body["prompt" if "prompt" in body else "input"] = prompt
+            answer = post(regenerating, path, body)
+            assert answer.status_code == 200, answer.text
+            outcome = answer.headers["x-sluicegate-outcome"]
+            assert outcome in ("allowed", "regenerated", "blocked")
+
+
+def test_token_ids_are_turned_into_text_by_vllm_and_judged(upstream: str, guarded: str) -> None:
+    for prompt, outcome in ((SAFE, "allowed"), (HARMFUL, "blocked")):
+        ids = post(guarded, "/tokenize", {"prompt": prompt}).raise_for_status().json()["tokens"]
+        assert ids == post(upstream, "/tokenize", {"prompt": prompt}).json()["tokens"]
+        answer = post(guarded, "/v1/completions", {"prompt": ids, "max_tokens": 8})
+        assert answer.headers["x-sluicegate-outcome"] == outcome
+
+
+def test_a_response_is_gone_on_from(guarded: str) -> None:
+    with client(guarded) as openai:
+        first = openai.responses.create(
+            model=MODEL_NAME, input="My name is Ada.", max_output_tokens=16, temperature=0
+        )
+        second = openai.responses.create(
+            model=MODEL_NAME,
+            input="What is my name?",
+            previous_response_id=first.id,
+            max_output_tokens=16,
+            temperature=0,
+        )
+        assert second.output_text
+        items = openai.responses.input_items.list(second.id, order="asc").data
+        assert [item.type for item in items] == ["message"] * 3
+        assert openai.responses.retrieve(second.id).output_text == second.output_text
+        openai.responses.delete(second.id)
+
+
+def test_anthropics_client_reads_answers_and_refusals(guarded: str) -> None:
+    with anthropic.Anthropic(base_url=guarded, api_key="none", max_retries=0) as claude:
+        answer = claude.messages.create(
+            model=MODEL_NAME, max_tokens=16, messages=[{"role": "user", "content": SAFE}]
+        )
+        assert answer.content[0].type == "text"
+        with claude.messages.stream(
+            model=MODEL_NAME, max_tokens=16, messages=[{"role": "user", "content": HARMFUL}]
+        ) as stream:
+            assert "can't help" in "".join(stream.text_stream)
+        counted = claude.messages.count_tokens(
+            model=MODEL_NAME, messages=[{"role": "user", "content": SAFE}]
+        )
+        assert counted.input_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/invocations", "/inference/v1/generate", "/v1/chat/completions/render", "/pooling",
+     "/v1/chat/completions/batch", "/generative_scoring", "/v1/load_lora_adapter", "/metrics/x"],
+)  # fmt: skip
+def test_vllms_other_routes_are_not_there(path: str, guarded: str) -> None:
+    body = {"messages": [{"role": "user", "content": SAFE}]}
+    assert post(guarded, path, body).status_code == 404
+
+
+def test_an_image_is_refused_before_vllm_fetches_it(guarded: str) -> None:
+    part = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}
+    answer = post(
+        guarded, "/v1/chat/completions", {"messages": [{"role": "user", "content": [part]}]}
+    )
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unscannable")

@@ -46,13 +46,67 @@ seen.responseEvents = events;
 const completion = await client.completions.create({ model, prompt: "severe-violence" });
 seen.completion = completion.choices[0].text;
 
-try {
-  await client.chat.completions.create({
-    model,
-    messages: [{ role: "user", content: [{ type: "image_url", image_url: { url: "http://x" } }] }],
-  });
-} catch (error) {
-  seen.image = [error.constructor.name, error.status, error.code, error.param];
+// --- Tools and choices
+const letter = {
+  type: "function",
+  function: { name: "send", parameters: { type: "object", properties: { text: { type: "string" } } } },
+};
+const called = await client.chat.completions.create({ model, messages: asks("call"), tools: [letter] });
+const [call] = called.choices[0].message.tool_calls;
+seen.tool = [call.function.name, JSON.parse(call.function.arguments), called.choices[0].finish_reason];
+
+const calling = client.chat.completions.stream({ model, messages: asks("call"), tools: [letter] });
+const made = (await calling.finalChatCompletion()).choices[0].message.tool_calls[0];
+seen.toolStream = [made.function.name, JSON.parse(made.function.arguments)];
+
+const several = await client.chat.completions.create({ model, messages: asks("three"), n: 3 });
+seen.choices = several.choices.map((choice) => choice.message.content);
+
+const streamed = client.chat.completions.stream({ model, messages: asks("three"), n: 3 });
+seen.choicesStream = (await streamed.finalChatCompletion()).choices.map((one) => one.message.content);
+
+// --- Responses that are kept
+const first = await client.responses.create({ model, input: "bad" });
+const second = await client.responses.create({
+  model, input: "w2", previous_response_id: first.id,
+});
+seen.turns = [first.output_text, second.output_text];
+seen.readAgain = (await client.responses.retrieve(first.id)).output_text;
+seen.inputItems = [];
+for await (const item of client.responses.inputItems.list(second.id)) {
+  seen.inputItems.push(item.content[0].text);
+}
+await client.responses.delete(first.id);
+const format = { type: "json_schema", name: "s", schema: { type: "object" } };
+const unparsed = await client.responses.parse({ model, input: "severe-violence", text: { format } });
+seen.parsedResponse = [unparsed.output_parsed, unparsed.output[0].content[0].refusal];
+
+// --- Embeddings
+const vectors = await client.embeddings.create({ model, input: ["w1"], encoding_format: "float" });
+seen.embedding = vectors.data[0].embedding;
+
+// --- Errors
+const image = [{ type: "image_url", image_url: { url: "http://x" } }];
+const failing = {
+  image: () => client.chat.completions.create({ model, messages: asks(image) }),
+  many: () => client.chat.completions.create({ model, messages: asks("w1"), n: 0 }),
+  route: () => client.audio.speech.create({ model, voice: "alloy", input: "w1" }),
+  forgotten: () => client.responses.retrieve(first.id),
+  background: () => client.responses.create({ model, input: "w1", background: true }),
+  harmfulEmbedding: () => client.embeddings.create({ model, input: "severe-violence" }),
+  malformed: () => client.chat.completions.create({ model, messages: asks("malformed") }),
+  upstream400: () => client.chat.completions.create({ model, messages: asks("400") }),
+  upstream429: () => client.chat.completions.create({ model, messages: asks("429") }),
+  upstream500: () => client.chat.completions.create({ model, messages: asks("500"), stream: true }),
+};
+seen.errors = {};
+for (const [name, ask] of Object.entries(failing)) {
+  try {
+    await ask();
+    seen.errors[name] = null;
+  } catch (error) {
+    seen.errors[name] = [error.constructor.name, error.status, error.code, error.param];
+  }
 }
 
 console.log(JSON.stringify(seen));

@@ -195,13 +195,23 @@ class TestConversations:
         assert inputs_of(stored) == given
 
     def test_input_items_come_in_pages(self) -> None:
+        def texts(page: dict[str, Any]) -> list[str]:
+            return [part["text"] for item in page["data"] for part in item["content"]]
+
         given = [user(str(number)) | {"id": f"i{number}"} for number in range(4)] + [user("4")]
         stored = Stored(response(said("a")), (*given, said("a")))
         first = listed(stored, limit=2)
-        assert [item["content"] for item in first["data"]] == ["4", "3"]
+        assert texts(first) == ["4", "3"]
         assert (first["first_id"], first["last_id"], first["has_more"]) == ("item_4", "i3", True)
         rest = listed(stored, limit=9, after=first["last_id"])
-        assert [item["content"] for item in rest["data"]] == ["2", "1", "0"]
+        assert texts(rest) == ["2", "1", "0"]
         assert not rest["has_more"]
-        assert [item["content"] for item in listed(stored, order="asc")["data"]] == list("01234")
+        assert texts(listed(stored, order="asc")) == list("01234")
         assert listed(Stored(response(), ()))["data"] == []
+
+    def test_a_text_is_listed_in_a_part_of_its_speaker(self) -> None:
+        given = [user("q"), {"role": "assistant", "content": "a"}, CALLED]
+        shown = listed(Stored(response(), tuple(given)), order="asc")["data"]
+        assert shown[0]["content"] == [{"type": "input_text", "text": "q"}]
+        assert shown[1]["content"] == [{"type": "output_text", "text": "a", "annotations": []}]
+        assert shown[2] == CALLED
