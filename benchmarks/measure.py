@@ -27,7 +27,7 @@ SERVICE_CORE: Final = 1
 """What is measured has this core for itself."""
 
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-_PACKAGES: Final = ("fastapi", "uvicorn", "aiohttp", "redis", "onnxruntime", "torch")
+_PACKAGES: Final = ("fastapi", "uvicorn", "httptools", "redis", "onnxruntime", "torch")
 
 
 # --- The machine -------------------------------------------------------------------------------

@@ -1,28 +1,21 @@
 """The client of the upstream: bounded in time and size, and the one border for its errors.
 
-Every call ends by a deadline, every body by a limit, and whatever aiohttp, asyncio or the socket
-raises leaves here as an UpstreamError. Cancelling a call closes its connection at once, so that
-the upstream stops generating.
+Every call ends by a deadline, every body by a limit, and whatever http1 raises leaves here as an
+UpstreamError. Cancelling a call closes its connection at once, so that the upstream stops
+generating.
 """
 
 from __future__ import annotations
 
-import asyncio
-import errno
-import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from urllib.parse import urlsplit
 
-import aiohttp
-from aiohttp.http import HttpProcessingError
-
+from service import http1, http_pool
 from service.errors import (
     ConfigurationError,
     UpstreamError,
@@ -31,9 +24,6 @@ from service.errors import (
     UpstreamUnreachable,
 )
 from service.headers import Headers, header
-
-# Uvicorn, and so vLLM, closes an idle connection after 5 s: a pooled one is given up before.
-_IDLE_CONNECTION_SECONDS = 4.0
 
 _CREDENTIALS = ("authorization", "x-api-key")
 
@@ -65,15 +55,33 @@ def parse_base_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _trust(ca_file: Path | None) -> ssl.SSLContext | bool:
-    """Whom to trust over TLS: the certificates of a file, or the system's."""
-    if ca_file is None:
-        return True
+def _origin(base_url: str, ca_file: Path | None) -> http_pool.Origin:
+    """Where a base URL leads to, and whom to trust there: a file's certificates or the system's."""
+    parts = urlsplit(base_url)
+    is_tls = parts.scheme == "https"
+    tls = None
     try:
-        return ssl.create_default_context(cafile=ca_file)
+        if is_tls or ca_file is not None:
+            tls = ssl.create_default_context(cafile=ca_file)
+            tls.set_alpn_protocols(["http/1.1"])
     except OSError as error:
         reason = error.strerror or "it holds no certificate"
         raise ConfigurationError(f"ca_file {ca_file} cannot be used: {reason}") from error
+    return http_pool.Origin(
+        parts.hostname or "", parts.port or (443 if is_tls else 80), tls if is_tls else None
+    )
+
+
+def _host(origin: http_pool.Origin) -> str:
+    """The `host` header: a name as DNS has it, an IPv6 address in brackets, no usual port."""
+    if ":" in origin.host:
+        name = f"[{origin.host.partition('%')[0]}]"
+    else:
+        try:
+            name = origin.host if origin.host.isascii() else origin.host.encode("idna").decode()
+        except UnicodeError:
+            raise ConfigurationError("The host of the upstream URL is no name.") from None
+    return name if origin.port == (443 if origin.tls else 80) else f"{name}:{origin.port}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,115 +109,35 @@ class UpstreamResponse:
     seconds: float
 
 
-# The most specific first. TimeoutError is an OSError, and many of aiohttp's are an OSError too.
-_ERRORS: tuple[tuple[type[Exception], type[UpstreamError], str], ...] = (
-    (
-        aiohttp.ConnectionTimeoutError,
+_ERRORS: dict[type[http1.HttpError], tuple[type[UpstreamError], str]] = {
+    http1.ConnectOverdue: (
         UpstreamUnreachable,
         "No connection to the upstream within the connect deadline. Check that it runs.",
     ),
-    (TimeoutError, UpstreamTimeout, "The upstream did not answer in time."),
-    (
-        aiohttp.ClientConnectorError,
+    http1.NotConnected: (
         UpstreamUnreachable,
         "No connection to the upstream. Check that it runs, and that its URL is right.",
     ),
-    (
-        aiohttp.ServerFingerprintMismatch,
-        UpstreamUnreachable,
-        "The upstream's certificate is not the expected one.",
-    ),
-    (
-        aiohttp.ClientConnectionError,
+    http1.Overdue: (UpstreamTimeout, "The upstream did not answer in time."),
+    http1.Disconnected: (
         UpstreamError,
         "The upstream closed the connection before it had answered.",
     ),
-    (
-        aiohttp.ClientPayloadError,
-        UpstreamMalformed,
-        "The upstream's answer broke off before its end.",
-    ),
-    (aiohttp.ClientResponseError, UpstreamMalformed, "The upstream's answer is not valid HTTP."),
-    (HttpProcessingError, UpstreamMalformed, "The upstream's answer is not valid HTTP."),
-    (aiohttp.InvalidURL, UpstreamUnreachable, "The upstream's URL cannot be used."),
-    (aiohttp.RedirectClientError, UpstreamUnreachable, "The upstream's URL cannot be used."),
-    (aiohttp.NonHttpUrlClientError, UpstreamUnreachable, "The upstream's URL cannot be used."),
-    (aiohttp.ClientError, UpstreamError, "The request to the upstream failed."),
-    (OSError, UpstreamError, "The connection to the upstream failed."),
-)
+    http1.ConnectionFailed: (UpstreamError, "The connection to the upstream failed."),
+    http1.BrokenOff: (UpstreamMalformed, "The upstream's answer broke off before its end."),
+    http1.Malformed: (UpstreamMalformed, "The upstream's answer is not valid HTTP."),
+}
 
 
-def _ours(error: Exception) -> UpstreamError | None:
-    """The error of ours for a foreign one, or None where it is not the upstream's.
-
-    Its message names the kind of the foreign error and never quotes it: that may hold content.
-    """
-    for foreign, ours, sentence in _ERRORS:
-        if isinstance(error, foreign):
-            kind = type(error).__name__
-            number = error.errno if isinstance(error, OSError) else None
-            symbol = errno.errorcode.get(number or 0)
-            return ours(f"{sentence} ({kind}, {symbol})" if symbol else f"{sentence} ({kind})")
-    return None
+def _ours(error: http1.HttpError) -> UpstreamError:
+    """The error of ours for one of the client's. Its message names the kind, and quotes nothing."""
+    ours, sentence = _ERRORS[type(error)]
+    return ours(f"{sentence} ({error.kind})" if error.kind else sentence)
 
 
-class _Border:
-    """One wait for the upstream: it ends by a deadline, and foreign errors leave it as ours."""
-
-    __slots__ = ("_name", "_seconds", "_timeout")
-
-    def __init__(self, name: str, seconds: float, started: float, total: float) -> None:
-        self._name, self._seconds = name, seconds
-        left = started + total - perf_counter()
-        if left < seconds:
-            self._name, self._seconds = "total", total
-        self._timeout = asyncio.timeout(min(seconds, left))
-
-    async def __aenter__(self) -> None:
-        await self._timeout.__aenter__()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            await self._timeout.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            raise UpstreamTimeout(
-                f"The upstream did not answer in time: its {self._name} deadline is "
-                f"{self._seconds:g} s."
-            ) from None
-        if isinstance(error, Exception) and (ours := _ours(error)) is not None:
-            raise ours from None
-
-
-@dataclass(slots=True)
-class _Call:
-    """Whether the call that runs in this context had to open a connection."""
-
-    connected: bool = False
-
-
-_CALL: ContextVar[_Call] = ContextVar("call")
-
-
-def _open_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket for aiohttp, which asks for one only where no pooled connection was left."""
-    _CALL.get().connected = True
-    family, kind, protocol, _, _ = address
-    return socket.socket(family, kind, protocol)
-
-
-def _closed_unanswered(error: aiohttp.ClientError) -> bool:
-    """Whether the connection was closed with no answer begun."""
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        # Where an answer had begun, aiohttp puts what there is of it in place of the message.
-        return isinstance(error.message, str)
-    return isinstance(error, aiohttp.ClientOSError) and error.errno in (
-        errno.ECONNRESET,
-        errno.EPIPE,
+def _late(name: str, seconds: float) -> UpstreamTimeout:
+    return UpstreamTimeout(
+        f"The upstream did not answer in time: its {name} deadline is {seconds:g} s."
     )
 
 
@@ -218,22 +146,23 @@ class UpstreamStream:
 
     def __init__(
         self,
-        response: aiohttp.ClientResponse,
+        connection: http1.Connection,
+        pool: http_pool.Pool,
         deadlines: Deadlines,
         max_body_bytes: int,
         started: float,
+        total_due: float,
     ) -> None:
-        self._response = response
+        self._connection: http1.Connection | None = connection
+        self._pool = pool
         self._deadlines = deadlines
         self._max_body_bytes = max_body_bytes
         self._started = started
+        self._total_due = total_due
         self._read = 0
-        self.status: int = response.status
-        # ISO 8859-1 gives each byte a character, and so any value can be passed on as it was.
-        self.headers: Headers = tuple(
-            (name.decode("latin-1").lower(), value.decode("latin-1"))
-            for name, value in response.raw_headers
-        )
+        self._length = connection.content_length
+        self.status: int = connection.status
+        self.headers: Headers = tuple(connection.headers)
 
     def check(self) -> None:
         """Raises UpstreamError for an answer that is not one to be judged and passed on.
@@ -251,9 +180,8 @@ class UpstreamStream:
                 "The upstream's answer is compressed, though it was asked for as it is, "
                 "and so it cannot be judged. Turn compression off at the upstream."
             )
-        length = self._response.content_length
-        if length is not None:
-            self._check_size(length)
+        if self._length is not None:
+            self._check_size(self._length)
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it comes, in pieces of any size; to be read once.
@@ -272,19 +200,25 @@ class UpstreamStream:
         return b"".join(chunks)
 
     def close(self) -> None:
-        """Closes the connection, unless the answer was read to its end and gave it back."""
-        if not self._response.closed:
-            self._response.close()
+        """Gives the connection back if the answer has come to its end, and closes it if not."""
+        if self._connection is not None:
+            self._pool.give_back(self._connection)
+            self._connection = None
 
     async def _next(self) -> bytes:
         """The next piece; empty at the end."""
-        content = self._response.content
-        if content.is_eof():
-            chunk = content.read_nowait()
-        else:
-            limits = self._deadlines
-            async with _Border("idle", limits.idle, self._started, limits.total):
-                chunk = await content.readany()
+        connection, limits = self._connection, self._deadlines
+        if connection is None:
+            return b""
+        idle_due = self._pool.time() + limits.idle
+        try:
+            chunk = await connection.read(min(idle_due, self._total_due))
+        except http1.Overdue:
+            if self._total_due < idle_due:
+                raise _late("total", limits.total) from None
+            raise _late("idle", limits.idle) from None
+        except http1.HttpError as error:
+            raise _ours(error) from None
         self._read += len(chunk)
         self._check_size(self._read)
         return chunk
@@ -312,9 +246,8 @@ class Upstream:
 
     A call is made a second time only where a kept connection was closed before an answer began,
     as servers do that give an idle connection up while a request is on its way. That is safe:
-    aiohttp asked for no new socket, so the connection was an old one; nothing of an answer has
-    been passed on; and a generation changes nothing at the upstream, so that at worst one is
-    computed twice.
+    nothing of an answer has been passed on, and a generation changes nothing at the upstream, so
+    that at worst one is computed twice.
     """
 
     def __init__(
@@ -326,38 +259,26 @@ class Upstream:
         max_body_bytes: int,
         ca_file: Path | None = None,
     ) -> None:
-        self._base_url = parse_base_url(base_url)
+        base_url = parse_base_url(base_url)
         self._deadlines = deadlines
         self._max_body_bytes = max_body_bytes
         self._authorization = f"Bearer {api_key}" if api_key is not None else None
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigurationError("The upstream's key may hold printable ASCII only.")
-        self._trust = _trust(ca_file)
-        self._session: aiohttp.ClientSession | None = None
+        self._origin = _origin(base_url, ca_file)
+        self._host = _host(self._origin)
+        self._prefix = urlsplit(base_url).path
+        self._pool: http_pool.Pool | None = None
 
     async def open(self) -> None:
         """Makes the pool; connections are made when they are needed."""
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0,
-                keepalive_timeout=_IDLE_CONNECTION_SECONDS,
-                socket_factory=_open_socket,
-                ssl=self._trust,
-            ),
-            # The other deadlines are kept here, where a slow reader is not a slow upstream.
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._deadlines.connect),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            # Nothing is said that the client did not say.
-            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
-        )
+        self._pool = http_pool.Pool(self._origin)
 
     async def close(self) -> None:
         """Closes every connection, those in use too."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            await pool.close()
 
     async def get(self, path: str, headers: Mapping[str, str]) -> UpstreamResponse:
         """The whole answer to a GET. Raises UpstreamError."""
@@ -404,17 +325,28 @@ class Upstream:
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> UpstreamStream:
         """An answer that has begun; it is for the caller to close."""
-        sent = dict(headers)
-        sent["accept-encoding"] = "identity"
+        pool, limits = self._pool, self._deadlines
+        if pool is None:
+            raise RuntimeError("Upstream.open() comes before the first call.")
+        # Nothing is said that the client did not say.
+        sent = {**headers, "accept-encoding": "identity"}
         if self._authorization is not None:
             for name in _CREDENTIALS:
                 sent.pop(name, None)
             sent["authorization"] = self._authorization
-        limits = self._deadlines
+        head = http1.request_head(method, self._prefix + path, self._host, sent, body)
         started = perf_counter()  # uvloop's own clock counts in milliseconds
-        async with _Border("first-byte", limits.first_byte, started, limits.total):
-            response = await self._request(method, self._base_url + path, body, sent)
-        answer = UpstreamStream(response, limits, self._max_body_bytes, started)
+        now = pool.time()
+        due, total_due = now + min(limits.first_byte, limits.total), now + limits.total
+        try:
+            connection = await self._ask(pool, head, body, due)
+        except http1.Overdue:
+            if limits.total < limits.first_byte:
+                raise _late("total", limits.total) from None
+            raise _late("first-byte", limits.first_byte) from None
+        except http1.HttpError as error:
+            raise _ours(error) from None
+        answer = UpstreamStream(connection, pool, limits, self._max_body_bytes, started, total_due)
         try:
             answer.check()
         except BaseException:
@@ -422,23 +354,28 @@ class Upstream:
             raise
         return answer
 
-    async def _request(
-        self, method: str, url: str, body: bytes | None, headers: dict[str, str]
-    ) -> aiohttp.ClientResponse:
-        if self._session is None:
-            raise RuntimeError("Upstream.open() comes before the first call.")
-        call = _Call()
-        token = _CALL.set(call)
-        try:
+    async def _ask(
+        self, pool: http_pool.Pool, head: bytes, body: bytes | None, due: float
+    ) -> http1.Connection:
+        """A connection on which the answer has begun. Raises HttpError."""
+        connection = pool.kept()
+        if connection is not None:
             try:
-                return await self._session.request(
-                    method, url, data=body, headers=headers, allow_redirects=False
-                )
-            except aiohttp.ClientError as error:
-                if call.connected or not _closed_unanswered(error):
+                await connection.ask(head, body, due)
+            except http1.Disconnected:
+                if connection.has_begun:
                     raise
-            return await self._session.request(
-                method, url, data=body, headers=headers, allow_redirects=False
-            )
-        finally:
-            _CALL.reset(token)
+            else:
+                return connection
+        connection = await self._connect(pool, due)
+        await connection.ask(head, body, due)
+        return connection
+
+    async def _connect(self, pool: http_pool.Pool, due: float) -> http1.Connection:
+        connect_due = pool.time() + self._deadlines.connect
+        try:
+            return await pool.connect(min(due, connect_due))
+        except http1.ConnectOverdue:
+            if due < connect_due:
+                raise http1.Overdue from None
+            raise

@@ -4,17 +4,19 @@ import asyncio
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
+import uvloop
 
+from service import http1
 from service import upstream as module
 from service.errors import (
     ConfigurationError,
@@ -55,14 +57,23 @@ LONG = 30.0
 UNHURRIED = Deadlines(LONG, LONG, LONG, LONG)
 LIMIT = 1 << 20
 
+LONG_TEXT = "word " * 50_000
+
 Call = Callable[[Upstream], Awaitable[bytes]]
+Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 @asynccontextmanager
 async def client(
-    url: str, deadlines: Deadlines = UNHURRIED, *, api_key: str | None = None
+    url: str,
+    deadlines: Deadlines = UNHURRIED,
+    *,
+    api_key: str | None = None,
+    ca_file: Path | None = None,
 ) -> AsyncIterator[Upstream]:
-    upstream = Upstream(url, api_key=api_key, deadlines=deadlines, max_body_bytes=LIMIT)
+    upstream = Upstream(
+        url, api_key=api_key, deadlines=deadlines, max_body_bytes=LIMIT, ca_file=ca_file
+    )
     await upstream.open()
     try:
         yield upstream
@@ -171,7 +182,7 @@ class TestCalls:
 
     async def test_cookies_are_not_kept(self) -> None:
         answer = text("Hello.", headers={"set-cookie": "a=b"})
-        # aiohttp's jars keep no cookie of an address, but they keep those of a name.
+        # Some jars keep no cookie of an address, but all keep those of a name.
         async with (
             FakeUpstream(answer) as fake,
             client(fake.url.replace("127.0.0.1", "localhost")) as upstream,
@@ -244,6 +255,13 @@ class TestDeadlines:
                 with pytest.raises(UpstreamUnreachable, match="connect deadline"):
                     await post(upstream)
 
+    async def test_connecting_counts_towards_the_first_byte(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            url = f"https://127.0.0.1:{listener.getsockname()[1]}"
+            async with client(url, replace(UNHURRIED, first_byte=SHORT)) as upstream:
+                with pytest.raises(UpstreamTimeout, match=r"first-byte deadline is 0\.1 s"):
+                    await post(upstream)
+
     async def test_a_slow_reader_is_not_a_slow_upstream(self) -> None:
         chunks: list[bytes] = []
         async with (
@@ -294,7 +312,7 @@ class TestBadUpstreams:
             (Answer(wire=b"HTTP/1.1 101 Secret\r\nupgrade: h2c\r\n\r\n"), "with status 101"),
             (Answer(wire=b"a secret\r\n\r\n"), "is not valid HTTP"),
             (Answer(wire=OK + b"content-length: secret\r\n\r\n"), "is not valid HTTP"),
-            (Answer(wire=OK + b"x-a: " + b"secret" * 10_000 + b"\r\n\r\n"), "is not valid HTTP"),
+            (Answer(wire=OK + b"x-a: " + b"secret" * 11_000 + b"\r\n\r\n"), "is not valid HTTP"),
             (Answer(wire=OK + b"transfer-encoding: chunked\r\n\r\nsecret\r\n"), "answer"),
             (Answer(body=b"secret" * LIMIT), "limit is 1048576 bytes"),
             (Answer(body=b"secret" * LIMIT, stall_after=1), "limit is 1048576 bytes"),
@@ -404,23 +422,153 @@ def subclasses(kind: type[Exception]) -> Iterator[type[Exception]]:
 
 
 class TestErrors:
-    def test_each_kind_of_aiohttp_has_a_place_in_the_table(self) -> None:
-        """A kind that aiohttp adds must be looked at, or named here with the reason."""
-        # The first is the base, raised only by the others; the second needs an upload tracker.
-        left = {"ClientError", "UploadAbortedError"}
+    def test_each_kind_has_a_place_in_the_table(self) -> None:
+        assert set(module._ERRORS) == set(subclasses(http1.HttpError)) - {http1.HttpError}
 
-        for kind in subclasses(aiohttp.ClientError):
-            row = next(foreign for foreign, _, _ in module._ERRORS if issubclass(kind, foreign))
-            assert (row is aiohttp.ClientError) == (kind.__name__ in left), kind
+    @pytest.mark.parametrize("kind", module._ERRORS)
+    def test_a_message_names_the_kind(self, kind: type[http1.HttpError]) -> None:
+        message = module._ours(kind("Word")).message
 
-    def test_no_row_of_the_table_hides_a_later_one(self) -> None:
-        kinds = [foreign for foreign, _, _ in module._ERRORS]
+        assert message.endswith(". (Word)")
+        assert module._ours(kind()).message == message.removesuffix(" (Word)")
 
-        for place, kind in enumerate(kinds):
-            assert not any(issubclass(kind, earlier) for earlier in kinds[:place]), kind
 
-    def test_other_errors_are_not_the_upstreams(self) -> None:
-        assert module._ours(ValueError("ours")) is None
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a CA, another CA, and the CA's certificate for `localhost`."""
+    directory = tmp_path_factory.mktemp("authority")
+
+    def certify(name: str, *options: str) -> None:
+        command = [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+        ]
+        command += ["-noenc", "-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "2"]
+        subprocess.run([*command, *options], cwd=directory, check=True, capture_output=True)
+
+    certify("ca", "-subj", "/CN=ca")
+    certify("other", "-subj", "/CN=other")
+    names = ("-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=CA:FALSE")
+    certify("server", "-subj", "/CN=server", "-CA", "ca.pem", "-CAkey", "ca.key", *names)
+    return directory
+
+
+@asynccontextmanager
+async def tls_in_front_of(fake: FakeUpstream, authority: Path) -> AsyncIterator[int]:
+    """The port of a server that takes TLS off for a fake."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(authority / "server.pem", authority / "server.key")
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                writer.write(data)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind = await asyncio.open_connection("127.0.0.1", fake.url.rpartition(":")[2])
+        for pair in ((reader, behind[1]), (behind[0], writer)):
+            tasks.add(asyncio.create_task(copy(*pair)))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+class TestTls:
+    """Each of the loops has a TLS of its own."""
+
+    def test_calls_over_one_connection(self, run: Run, authority: Path) -> None:
+        async def test() -> None:
+            # The third call meets a connection that is closed, and is made again.
+            answers = [text(LONG_TEXT), text("Hello."), Answer(wire=b""), text("Hello.")]
+            async with (
+                FakeUpstream(answers) as fake,
+                tls_in_front_of(fake, authority) as port,
+                client(f"https://localhost:{port}", ca_file=authority / "ca.pem") as upstream,
+            ):
+                first, streamed, last = [await call(upstream) for call in (post, stream, post)]
+
+            assert json.loads(first)["choices"][0]["message"]["content"] == LONG_TEXT
+            assert EventParser().feed(streamed)[-1].data == "[DONE]"
+            assert json.loads(last)["choices"][0]["message"]["content"] == "Hello."
+            connections = [received.connection for received in fake.received]
+            assert connections[0] == connections[1] == connections[2] != connections[3]
+            assert header(fake.received[0].headers, "host") == f"localhost:{port}"
+
+        run(test())
+
+    @both
+    @pytest.mark.parametrize("stall", [{"delay": LONG}, {"stall_after": 100}], ids=str)
+    def test_cancelling_a_call_is_seen_by_the_upstream(
+        self, run: Run, call: Call, stall: dict[str, Any], authority: Path
+    ) -> None:
+        async def test() -> None:
+            async with (
+                FakeUpstream(text("Hello.", **stall)) as fake,
+                tls_in_front_of(fake, authority) as port,
+                client(f"https://localhost:{port}", ca_file=authority / "ca.pem") as upstream,
+            ):
+                running = asyncio.ensure_future(call(upstream))
+                await fake.wait_for_request()
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+                await fake.wait_for_disconnect()
+
+        run(test())
+
+    @pytest.mark.parametrize(
+        ("host", "trusted"),
+        [("localhost", "other.pem"), ("localhost", None), ("127.0.0.1", "ca.pem")],
+    )
+    def test_a_certificate_that_is_not_to_be_trusted(
+        self, run: Run, authority: Path, host: str, trusted: str | None
+    ) -> None:
+        async def test() -> None:
+            ca_file = authority / trusted if trusted else None
+            async with (
+                FakeUpstream() as fake,
+                tls_in_front_of(fake, authority) as port,
+                client(f"https://{host}:{port}", ca_file=ca_file) as upstream,
+            ):
+                with pytest.raises(UpstreamUnreachable, match=r"\(SSLCertVerificationError\)"):
+                    await post(upstream)
+
+            assert fake.received == []
+
+        run(test())
+
+
+class TestTrust:
+    def test_a_file_without_certificates(self, tmp_path: Path) -> None:
+        (tmp_path / "ca.pem").write_text("none")
+
+        for file in ("ca.pem", "missing.pem"):
+            with pytest.raises(ConfigurationError, match=f"{file} cannot be used"):
+                Upstream(
+                    "https://h",
+                    api_key=None,
+                    deadlines=UNHURRIED,
+                    max_body_bytes=LIMIT,
+                    ca_file=tmp_path / file,
+                )
 
 
 class TestBaseUrl:
@@ -462,6 +610,24 @@ class TestBaseUrl:
             parse_base_url(url)
 
         assert "secret" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("url", "host", "target"),
+        [
+            ("http://Host:8000/v1", "host:8000", "/v1/models"),
+            ("http://host:80", "host", "/v1/models"),
+            ("https://host:443/team/v1", "host", "/team/v1/models"),
+            ("https://host:80/tëam", "host:80", "/t%C3%ABam/v1/models"),
+            ("http://[fe80::1%25eth0]:8000", "[fe80::1]:8000", "/v1/models"),
+            ("http://bücher.example", "xn--bcher-kva.example", "/v1/models"),
+        ],
+    )
+    def test_what_is_asked_for(self, url: str, host: str, target: str) -> None:
+        upstream = Upstream(url, api_key=None, deadlines=UNHURRIED, max_body_bytes=LIMIT)
+
+        head = http1.request_head("GET", upstream._prefix + "/v1/models", upstream._host, {}, None)
+
+        assert head == f"GET {target} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()
 
     def test_a_key_that_is_no_header(self) -> None:
         with pytest.raises(ConfigurationError, match="printable") as caught:
