@@ -5,8 +5,9 @@
 A prompt and an answer of 64 tokens each, nothing flagged, one connection, one core for the service.
 The fake upstream answers at once, so that all the time is the proxy's. Beside it, in a process on
 the same core, the guard judges the same prompt and then the same answer in its context. Every
-prompt is another. The third row sends a system prompt and two earlier turns with each prompt, which
-were judged before: they cost nothing but the user's turns as one text.
+prompt is another. The second pair of rows has a system prompt and two turns before each prompt,
+which were judged before: what is judged anew is the prompt in that context, the user's turns as one
+text, and the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import uvloop
 from rich.table import Table
@@ -28,7 +29,7 @@ from benchmarks import measure
 from benchmarks.moderation import texts_of
 from models.checkpoint import DEFAULT_GUARD
 from models.guard import judge
-from models.inputs import GuardInput, Turn
+from models.inputs import GuardInput, Speaker, Turn
 from models.text_guard import TextGuard
 
 TOKENS: Final = 64
@@ -39,6 +40,7 @@ _BEFORE: Final = (
     {"role": "user", "content": "Which plants grow on a balcony without sun?"},
     {"role": "assistant", "content": "Ferns, hostas and ivy do well there."},
 )
+_CONTEXT: Final = tuple(Turn(cast(Speaker, turn["role"]), turn["content"]) for turn in _BEFORE)
 
 
 def main() -> None:
@@ -68,17 +70,19 @@ def _texts(guard: TextGuard) -> tuple[list[str], str]:
     return prompts, answer
 
 
-def _own(guard: TextGuard, prompts: list[str], answer: str, seconds: float) -> float:
-    """Median milliseconds of judging a prompt and then the answer to it."""
-    taken: list[float] = []
+def _own(guard: TextGuard, prompts: list[str], answer: str, seconds: float) -> dict[str, float]:
+    """Median milliseconds of judging a prompt and then its answer: alone, and after ``_BEFORE``."""
+    taken: dict[str, list[float]] = {"alone": [], "later": []}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        prompt = prompts[len(taken) % len(prompts)]
-        started = time.perf_counter()
-        judge(guard, [GuardInput("prompt", prompt)])
-        judge(guard, [GuardInput("response", answer, (Turn("user", prompt),))])
-        taken.append((time.perf_counter() - started) * 1e3)
-    return measure.median(taken)
+        prompt = prompts[len(taken["alone"]) % len(prompts)]
+        for name, before in (("alone", ()), ("later", _CONTEXT)):
+            joint = [GuardInput("prompt", f"{_BEFORE[1]['content']}\n{prompt}")] if before else []
+            started = time.perf_counter()
+            judge(guard, [GuardInput("prompt", prompt, before), *joint])
+            judge(guard, [GuardInput("response", answer, (*before, Turn("user", prompt)))])
+            taken[name].append((time.perf_counter() - started) * 1e3)
+    return {name: measure.median(each) for name, each in taken.items()}
 
 
 async def _measure(
@@ -108,9 +112,11 @@ async def _measure(
     await measure.answers(process, port, "/health/ready", log)
     alone = [_request([{"role": "user", "content": prompt}]) for prompt in prompts]
     later = [_request([*_BEFORE, {"role": "user", "content": prompt}]) for prompt in prompts]
-    rounds: dict[str, list[float]] = {"own": [], "alone": [], "later": []}
+    names = ("own alone", "own later", "alone", "later")
+    rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
-        rounds["own"].append(_in_a_process(options))
+        for name, own in _in_a_process(options).items():
+            rounds[f"own {name}"].append(own)
         for name, requests in (("alone", alone), ("later", later)):
             proxied = await measure.load(port, requests, 1, options.seconds)
             direct = await measure.load(upstream, requests, 1, 0.5)
@@ -119,13 +125,14 @@ async def _measure(
     return rounds
 
 
-def _in_a_process(options: argparse.Namespace) -> float:
+def _in_a_process(options: argparse.Namespace) -> dict[str, float]:
     command = [
         *("taskset", "-c", str(measure.SERVICE_CORE), sys.executable, "-m", "benchmarks.added"),
         *("--own", "--guard", str(options.guard.resolve()), "--seconds", str(options.seconds)),
     ]
     done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, check=True)  # noqa: S603
-    return float(json.loads(done.stdout))
+    own: dict[str, float] = json.loads(done.stdout)
+    return own
 
 
 def _request(messages: list[dict[str, str]]) -> bytes:
@@ -133,15 +140,13 @@ def _request(messages: list[dict[str, str]]) -> bytes:
 
 
 def _report(rounds: dict[str, list[float]], as_json: bool) -> None:
-    own = measure.median(rounds["own"])
-    table = Table("", "ms", "over the guard's own", "goal", title="Added at p50, one connection")
-    table.add_row("the guard's two judgements alone", f"{own:.2f}", "1.00", "–")
-    figures: dict[str, Any] = {"own_milliseconds": own}
-    for name, title in (("alone", "a prompt and its answer"), ("later", "with what came before")):
-        added = measure.median(rounds[name])
-        figures[f"{name}_milliseconds"] = added
-        met = measure.goal(added / own, GOAL, at_most=True) if name == "alone" else "–"
-        table.add_row(title, f"{added:.2f}", f"{added / own:.2f}", met)
+    table = Table("", "the guard alone, ms", "added, ms", "ratio", "goal", title="Added at p50")
+    figures: dict[str, Any] = {}
+    for name, title in (("alone", "a prompt and its answer"), ("later", "with turns before them")):
+        own, added = measure.median(rounds[f"own {name}"]), measure.median(rounds[name])
+        figures[name] = {"own_milliseconds": own, "added_milliseconds": added, "ratio": added / own}
+        met = measure.goal(added / own, GOAL, at_most=True)
+        table.add_row(title, f"{own:.2f}", f"{added:.2f}", f"{added / own:.2f}", met)
     measure.report("added", [table], figures, as_json)
 
 

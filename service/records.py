@@ -200,6 +200,7 @@ class Recorder:
         self._state = state
         self._spool = spool
         self._store_script = state.script(_STORE)
+        self._client = state.dedicated()
         self._bounds = (str(most_records), str(round(retention_seconds * 1000)))
         self._group_records = group_records
         self._retry_seconds = retry_seconds
@@ -287,8 +288,8 @@ class Recorder:
             ids,
             b"\n".join([data for _, data in entries]),
         ]
-        async with self._state.connected() as redis:
-            added = await self._store_script([STREAM, ENTRIES], arguments, client=redis)
+        async with self._state.connected():
+            added = await self._store_script([STREAM, ENTRIES], arguments, client=self._client)
         self.counts.stored += added
         self.counts.duplicates += len(entries) - added
 

@@ -56,6 +56,7 @@ class State:
         self._command_seconds = command_seconds
         self._probe_seconds = probe_seconds
         self._usable = asyncio.Event()
+        self._dedicated: list[Redis] = []
         self._watcher: asyncio.Task[None] | None = None
         self.problem: str | None = None
         """Why state is unavailable, in a sentence for operators; None while it is available."""
@@ -104,6 +105,14 @@ class State:
         """Returns when state is available; has no deadline of its own."""
         await self._usable.wait()
 
+    def dedicated(self) -> Redis:
+        """A client with a connection of its own, to be used inside ``connected``: for who asks
+        often, since taking a connection from the pool costs more than using it.
+        """
+        client = self._client.client()
+        self._dedicated.append(client)
+        return client
+
     @contextlib.asynccontextmanager
     async def connected(self) -> AsyncIterator[Redis]:
         """The client. What fails inside, or takes too long, raises ``StateUnavailable``.
@@ -133,8 +142,9 @@ class State:
             await asyncio.gather(self._watcher, return_exceptions=True)
         self._usable.clear()
         self.problem = "the service is stopping"
-        with contextlib.suppress(RedisError, OSError):
-            await self._client.aclose()
+        for client in (*self._dedicated, self._client):
+            with contextlib.suppress(RedisError, OSError):
+                await client.aclose()
         if self._private is not None:
             await self._private.stop()
 
