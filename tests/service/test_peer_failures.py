@@ -50,6 +50,7 @@ def asks(dialect: Dialect, words: str, **more: Any) -> dict[str, Any]:
 def says(dialect: Dialect, words: str) -> Answer:
     """An upstream's answer in each dialect."""
     usage = {"input_tokens": 3, "output_tokens": 2}
+    body: dict[str, Any]
     match dialect.name:
         case "completions":
             choice = {"index": 0, "text": words, "logprobs": None, "finish_reason": "stop"}
