@@ -75,6 +75,7 @@ bench: $(VENV)/.dev $(VENV)-bench/.done
 	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.moderation
 	$(BIN)/python -m benchmarks.proxy
+	$(BIN)/python -m benchmarks.added
 
 # A stamp is newer than what it was installed from; a second run installs nothing. The lists that
 # lack torch are otherwise whole: pip adds nothing to them (--no-deps), and checks after.
