@@ -111,7 +111,7 @@ def test_the_sdk_reads(seen: dict[str, Any], case: str, expected: object) -> Non
         ("image", ["BadRequestError", 400, "unscannable", "messages[0].content[0]"]),
         ("many", ["BadRequestError", 400, "invalid_request", "n"]),
         ("route", ["NotFoundError", 404, "unknown_route", None]),
-        ("forgotten", ["NotFoundError", 404, "response_not_found", "previous_response_id"]),
+        ("forgotten", ["NotFoundError", 404, "response_not_found", None]),
         ("background", ["BadRequestError", 400, "background_unsupported", "background"]),
         ("harmfulEmbedding", ["BadRequestError", 400, "content_filter", "prompt"]),
         ("malformed", ["InternalServerError", 502, "upstream_malformed", None]),
