@@ -130,7 +130,9 @@ def _in_a_process(options: argparse.Namespace) -> dict[str, float]:
         *("taskset", "-c", str(measure.SERVICE_CORE), sys.executable, "-m", "benchmarks.added"),
         *("--own", "--guard", str(options.guard.resolve()), "--seconds", str(options.seconds)),
     ]
-    done = subprocess.run(command, cwd=measure.ROOT, capture_output=True, check=True)  # noqa: S603
+    done = subprocess.run(  # noqa: S603 - runs this very script, on the service's core
+        command, cwd=measure.ROOT, capture_output=True, check=True
+    )
     own: dict[str, float] = json.loads(done.stdout)
     return own
 

@@ -65,7 +65,6 @@ class Progress:
     """The newest of each number."""
     attempt_of: dict[int, int] = field(default_factory=dict)
     """The attempt that each choice comes from."""
-    asked: tuple[int, ...] = ()
     released: tuple[int, ...] = ()
     refused: tuple[int, ...] | None = ()
     outcomes: dict[Direction, Outcome] = field(default_factory=dict)

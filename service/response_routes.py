@@ -14,7 +14,7 @@ from service.body import dumps
 from service.errors import BadRequest, NotFound, StateUnavailable
 from service.gateway import Gateway
 from service.replies import Incoming, Reply
-from service.response_store import ResponseStore, Stored, expanded, items_of, listed
+from service.response_store import MOST_LISTED, ResponseStore, Stored, expanded, items_of, listed
 from service.responses import ResponsesDialect
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 ONE: Final = "/v1/responses/{identity}"
 INPUT_ITEMS: Final = "/v1/responses/{identity}/input_items"
 _PREVIOUS: Final = "previous_response_id"
-_MOST_LISTED: Final = 100
 _CREDENTIALS: Final = ("authorization", "x-api-key")
 
 
@@ -73,8 +72,8 @@ class ResponseRoutes:
     ) -> Any:
         """``GET /v1/responses/{id}/input_items``."""
         limit, order = query.get("limit", "20"), query.get("order", "desc")
-        if not limit.isdecimal() or not 1 <= int(limit) <= _MOST_LISTED:
-            raise BadRequest(f"limit must be from 1 to {_MOST_LISTED}", param="limit")
+        if not limit.isdecimal() or not 1 <= int(limit) <= MOST_LISTED:
+            raise BadRequest(f"limit must be from 1 to {MOST_LISTED}", param="limit")
         if order not in ("asc", "desc"):
             raise BadRequest("order must be asc or desc", param="order")
         stored = await self._stored(self._owner(headers), identity)

@@ -19,7 +19,8 @@ from service.state import State
 
 INDEX: Final = "sg1:{response}"
 _LONGEST_IDENTITY: Final = 256
-_MOST_LISTED: Final = 100
+MOST_LISTED: Final = 100
+"""Items of one page."""
 
 # KEYS: index, entry. ARGV: JSON, seconds to keep it, most entries. It trims first, because deleting
 # is allowed in a server that is full and adding is not; and not without end, so that a call stays
@@ -132,7 +133,7 @@ def listed(
     if order == "desc":
         items.reverse()
     start = next((i for i, item in enumerate(items, 1) if item["id"] == after), 0)
-    page = items[start : start + max(1, min(limit, _MOST_LISTED))]
+    page = items[start : start + max(1, min(limit, MOST_LISTED))]
     return {
         "object": "list",
         "data": page,
