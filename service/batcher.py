@@ -2,7 +2,8 @@
 
 A batch holds windows of like length up to a budget of padded tokens. Inputs take turns: each batch
 serves the one whose turn it is, with whatever fits beside it, so that a long text does not keep
-short ones waiting. The guard runs on a thread of its own, off the event loop.
+short ones waiting. Pieces of answers go first: a stream waits for each. The guard runs on a thread
+of its own, off the event loop.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ _CANDIDATES = 256
 _TEXTS_A_TURN = 16
 """Texts that are encoded before others get a turn of the loop."""
 
+_PIECE_WINDOWS = 4
+"""An answer's text of up to so many windows is a piece that a stream may wait for."""
+
 _INLINE_CHARACTERS = 4000
 """A text up to this long is encoded at once (below a millisecond); longer ones on a thread."""
 
@@ -40,6 +44,7 @@ class _Job:
     logits: Logits
     rest: deque[int]
     done: asyncio.Future[Logits]
+    goes_first: bool
     unscored: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,10 +108,11 @@ class Batcher:
         """Windows that no batch has taken yet."""
         return self._waiting
 
-    async def judge(self, items: Sequence[GuardInput], *, admit: bool = True) -> list[Verdict]:
+    async def judge(self, items: Sequence[GuardInput], *, is_answer: bool = False) -> list[Verdict]:
         """Verdicts on ``items``, in their order.
 
-        With ``admit`` they must find room among what waits. Raises ``TooLarge`` and, where there is
+        They must find room among what waits, unless they are of an answer, which was paid for
+        already. Raises ``TooLarge`` and, where there is
         no room, ``Overloaded`` before anything is judged, ``GuardUnavailable`` if
         an input could not be. A caller that is cancelled takes its windows out of the queue.
         """
@@ -122,7 +128,7 @@ class Batcher:
                 # Thousands of short texts would keep everyone else from the loop.
                 await asyncio.sleep(0)
         self._check_size(prepared)
-        if admit:
+        if not is_answer:
             self._check_room(prepared)
         loop = asyncio.get_running_loop()
         jobs = [
@@ -132,6 +138,7 @@ class Batcher:
                 np.empty((len(one.windows), COLUMNS), np.float32),
                 deque(range(len(one.windows))),
                 loop.create_future(),
+                goes_first=is_answer and len(one.windows) <= _PIECE_WINDOWS,
             )
             for item, one in zip(items, prepared, strict=True)
         ]
@@ -186,14 +193,14 @@ class Batcher:
             await self._score(rows)
 
     def _take(self) -> list[_Row]:
-        """The next batch: windows of like length, among them the next of the job in front."""
+        """The next batch: windows of like length, led by the next of the job whose turn it is."""
         for job in self._jobs:
             if job.done.done():
                 # Its caller went away, or it failed.
                 self._waiting -= len(job.rest)
                 job.rest.clear()
         self._jobs = deque(job for job in self._jobs if job.rest)
-        turn = deque(self._jobs)
+        turn = deque(sorted(self._jobs, key=lambda job: not job.goes_first))
         candidates: list[_Row] = []
         position = 0
         while turn and len(candidates) < _CANDIDATES:
@@ -214,7 +221,8 @@ class Batcher:
         for row in taken:
             row.job.rest.remove(row.number)
         self._waiting -= len(taken)
-        self._jobs.rotate(-1)
+        if candidates[0].job is self._jobs[0]:
+            self._jobs.rotate(-1)
         return taken
 
     async def _score(self, rows: list[_Row]) -> None:

@@ -6,14 +6,25 @@ Reference: OpenAI API, "Create chat completion"; vLLM, ``chat_completion/protoco
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from models.inputs import Speaker
 from service import chat_stream, conversation, extractor, openai_format
+from service.chat_stream import TEXT_PARTS
 from service.choices_dialect import ChoicesDialect
 from service.conversation import Message
 from service.errors import BadRequest, UpstreamMalformed
-from service.exchange import Annotations, Answer, Choice, Exchange, FieldName, Refusal, Retry
+from service.exchange import (
+    Annotations,
+    Answer,
+    Choice,
+    Exchange,
+    FieldName,
+    Refusal,
+    Retry,
+    StreamReader,
+)
 from service.extractor import Reader, Scan
 
 SPEAKERS: Final[Mapping[str, Speaker]] = {
@@ -30,7 +41,6 @@ _FIELD_OF_SPEAKER: Final[Mapping[Speaker, FieldName]] = {
     "tool": "tool_result",
     "assistant": "text",
 }
-_TEXT_PARTS: Final = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
 _PART_SCHEMA: Final[Mapping[str, Any]] = {
     "anyOf": [
         {"type": "string"},
@@ -48,7 +58,7 @@ _PART_SCHEMA: Final[Mapping[str, Any]] = {
         ),
         {
             "type": "object",
-            "properties": {"type": {"type": "string", "not": {"enum": sorted(_TEXT_PARTS)}}},
+            "properties": {"type": {"type": "string", "not": {"enum": sorted(TEXT_PARTS)}}},
         },
     ]
 }
@@ -137,6 +147,10 @@ class ChatDialect(ChoicesDialect):
     def parse_stream(self, exchange: Exchange, events: list[str]) -> Answer:
         """See ``Dialect.parse_stream``."""
         return self.parse_answer(exchange, chat_stream.whole(events))
+
+    def reader(self, exchange: Exchange) -> StreamReader:
+        """See ``Dialect.reader``."""
+        return chat_stream.ChatReader(exchange, partial(self.parse_answer, exchange))
 
     def retried(self, exchange: Exchange, retry: Retry) -> Mapping[str, Any]:
         """See ``Dialect.retried``: another seed, and the instruction in the system message."""
@@ -256,7 +270,7 @@ def _parts(content: Sequence[Any], path: str, scan: Scan) -> list[str]:
         if not isinstance(part, dict):
             raise BadRequest(f"{place} must be an object with a type", param=place)
         kind = part.get("type")
-        if not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        if not isinstance(kind, str) or kind not in TEXT_PARTS:
             scan.unscannable.append(place)
             continue
         key = "text" if kind in ("input_text", "output_text") else kind

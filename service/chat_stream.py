@@ -5,57 +5,27 @@ Reference: OpenAI API, "The chat completion chunk object".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from service import extractor, verdict_shapes
-from service.body import parse_object
+from service.chunk_reader import ChunkReader
+from service.chunks import ENDS, Found, Whole, joined, later
 from service.errors import UpstreamMalformed
-from service.exchange import Annotations
+from service.exchange import Annotations, Answer, Exchange
 
-_DONE = "[DONE]"
-HEAD: Final = frozenset(
-    {"id", "object", "created", "model", "usage", "system_fingerprint", "service_tier"}
-)
-"""What every chunk of a stream says again."""
-ENDS: Final = frozenset({"index", "finish_reason", "stop_reason"})
-"""What a chunk says of a choice once."""
+TEXT_PARTS: Final = frozenset({"text", "input_text", "output_text", "refusal", "thinking"})
+"""Kinds of parts of a message that are text."""
+_REASONING: Final = frozenset({"reasoning", "reasoning_content"})
+_DELTA_WORDS: Final = frozenset({"tool_call_id", "id"})
+_CALL_WORDS: Final = frozenset({"id", "type", "index"})
 _CALL_ENDS: Final = frozenset({"id", "type"})
 """What a chunk says of a tool call once."""
 
 
-def objects(events: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The chunks in the data of a stream's events, which must end with ``[DONE]``.
-
-    Raises ``BadRequest`` for one that is not JSON in one way only.
-    """
-    if not events or events[-1] != _DONE:
-        raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
-    for data in events:
-        if data == _DONE:
-            continue
-        chunk = parse_object(data.encode())
-        if not isinstance(chunk.get("choices"), list):
-            raise UpstreamMalformed("an event of the upstream's stream is not a chunk")
-        yield chunk
-
-
 def whole(events: Sequence[str]) -> dict[str, Any]:
     """The answer that all events of a stream add up to, as if it had not been streamed."""
-    head: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
-    for chunk in objects(events):
-        for key, value in chunk.items():
-            if key != "choices":
-                add = later if key in HEAD else joined
-                head[key] = add(head.get(key), value)
-        for item in chunk["choices"]:
-            _add(choices, item)
-    if not choices:
-        raise UpstreamMalformed("the upstream's stream ended without an answer")
-    if extractor.are_words(head.get("object")):
-        head["object"] = "chat.completion"
-    return head | {"choices": [choices[index] for index in sorted(choices)]}
+    return _answered(Whole.of(events, _add))
 
 
 def chunks(body: Mapping[str, Any], shows_usage: bool) -> Iterator[Mapping[str, Any]]:
@@ -75,7 +45,9 @@ def chunks(body: Mapping[str, Any], shows_usage: bool) -> Iterator[Mapping[str, 
             message["tool_calls"] = [
                 {"index": number, **call} for number, call in enumerate(message["tool_calls"])
             ]
-        opening = {"role": message.pop("role", "assistant"), "content": ""}
+        opening = {"role": message.pop("role", "assistant")}
+        if not isinstance(message.get("content"), list):
+            opening["content"] = ""
         index = choice["index"]
         for delta in (opening, message):
             item = {"index": index, "delta": delta, "finish_reason": None}
@@ -110,39 +82,123 @@ def annotation_chunks(asked: Annotations) -> Iterator[Mapping[str, Any]]:
         yield empty | {"choices": [], "moderation": verdict_shapes.moderation(asked)}
 
 
-def joined(old: Any, new: Any) -> Any:
-    """A value that comes in parts: texts and lists one behind the other, objects key by key."""
-    if isinstance(old, str) and isinstance(new, str):
-        return old + new
-    if isinstance(old, list) and isinstance(new, list):
-        return [*old, *new]
-    if isinstance(old, dict) and isinstance(new, dict):
-        return old | {key: joined(old.get(key), value) for key, value in new.items()}
-    if old is None or new is None or old == new:
-        return old if new is None else new
-    return [old, new]
+class ChatReader(ChunkReader):
+    """See ``StreamReader``."""
+
+    object_name = "chat.completion.chunk"
+    echoes = frozenset({"prompt_logprobs", "prompt_token_ids", "prompt_text"})
+
+    def __init__(
+        self, exchange: Exchange, parse_answer: Callable[[Mapping[str, Any]], Answer]
+    ) -> None:
+        super().__init__(exchange, Whole(_add), lambda body: parse_answer(_answered(body)))
+        self._names: dict[str, str] = {}
+        """Of each tool call."""
+
+    def _chunks(self, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+        return chunks(body, shows_usage=False)
+
+    def _filtered(self, choice: int) -> Mapping[str, Any]:
+        return {"index": choice, "delta": {}, "logprobs": None, "finish_reason": "content_filter"}
+
+    def _hear_choice(self, item: Mapping[str, Any], found: Found) -> None:
+        index = item["index"]
+        path = f"choices[{index}].message"
+        start = len(found.said)
+        left = {}
+        for key, value in (item.get("delta") or {}).items():
+            if key == "content":
+                _hear_content(index, value, f"{path}.content", found)
+            elif key == "refusal":
+                found.text(index, "refusal", f"{path}.refusal", extractor.leaves(value))
+            elif key in _REASONING:
+                found.text(index, "reasoning", f"{path}.{key}", extractor.leaves(value))
+            elif key == "tool_calls":
+                for call in value or ():
+                    place = f"{path}.tool_calls[{call.get('index', 0)}]"
+                    self._hear_call(index, call, place, found)
+            elif key == "function_call" and value is not None:
+                self._hear_call(index, {"function": value}, f"{path}.function_call", found)
+            elif key in ("audio", "images") and value is not None:
+                found.unscannable.append(f"{path}.{key}")
+            elif key == "role":
+                if not extractor.are_words(value):
+                    raise UpstreamMalformed("a role in the upstream's stream is none")
+            elif key not in _DELTA_WORDS or not extractor.are_words(value):
+                left[key] = value
+        own = "".join(said.text for said in found.said[start:])
+        if left:
+            found.rest(index, left, path)
+        self._hear_beside(item, ("delta",), own, found)
+
+    def _hear_call(self, index: int, call: Mapping[str, Any], path: str, found: Found) -> None:
+        """A piece of a tool call: its name in a line, then its arguments as they come."""
+        left = {
+            key: value
+            for key, value in call.items()
+            if key != "function" and not (key in _CALL_WORDS and extractor.are_words(value))
+        }
+        function = call.get("function")
+        if isinstance(function, dict):
+            name = extractor.leaves(function.get("name"))
+            # Some say it again with each piece.
+            if name and self._names.get(path) != name:
+                self._names[path] = name
+                found.text(index, "tool_call", path, f"{name}\n")
+            arguments = extractor.leaves(function.get("arguments"))
+            found.text(index, "tool_call", path, arguments)
+            known = ("name", "arguments")
+            inner = {key: value for key, value in function.items() if key not in known}
+            found.rest(index, inner, f"{path}.function")
+        else:
+            found.text(index, "tool_call", path, extractor.leaves(function))
+        found.rest(index, left, path)
 
 
-def later(old: Any, new: Any) -> Any:
-    """What stands under a key that comes again: the later value, or both, so that none of what a
-    client reads is lost from what is judged.
-    """
-    if new is None:
-        return old
-    return new if old is None or old == new or extractor.are_words(old) else [old, new]
+def _hear_content(index: int, content: Any, path: str, found: Found) -> None:
+    """More of a message's content: a string, null, or a list of parts."""
+    if content is None or isinstance(content, str):
+        found.text(index, "text", path, content or "")
+        return
+    if not isinstance(content, list):
+        raise UpstreamMalformed("the content in the upstream's stream is no text")
+    for number, part in enumerate(content):
+        place = f"{path}[{number}]"
+        if isinstance(part, str):
+            found.text(index, "text", path, part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str) or kind not in TEXT_PARTS:
+            found.unscannable.append(place)
+            continue
+        key = "text" if kind in ("input_text", "output_text") else kind
+        if not isinstance(part.get(key), str):
+            raise UpstreamMalformed("a part of the content in the upstream's stream is no text")
+        found.text(index, "text", path, part[key])
+        left = {name: value for name, value in part.items() if name not in ("type", key)}
+        found.rest(index, left, place)
 
 
-def _add(choices: dict[int, dict[str, Any]], item: Any) -> None:
+def _answered(body: dict[str, Any]) -> dict[str, Any]:
+    """What chunks add up to, as the answer that it is."""
+    if extractor.are_words(body.get("object")):
+        body["object"] = "chat.completion"
+    return body
+
+
+def _add(choices: dict[int, dict[str, Any]], item: Mapping[str, Any]) -> None:
     """Adds a chunk's choice to the message that it belongs to."""
-    if not isinstance(item, dict) or type(item.get("index")) is not int:
-        raise UpstreamMalformed("a choice in the upstream's stream has no index")
     empty = {"index": item["index"], "message": {"role": "assistant"}, "finish_reason": None}
     choice = choices.setdefault(item["index"], empty)
     delta = item.get("delta")
     if not isinstance(delta, dict | None) or "message" in item:
         raise UpstreamMalformed("a choice in the upstream's stream has no delta")
     for key, value in item.items():
-        if key not in ("delta", "logprobs"):
+        if key in ("delta", "logprobs"):
+            continue
+        if value is None:
+            choice.setdefault(key, None)
+        else:
             add = later if key in ENDS else joined
             choice[key] = add(choice.get(key), value)
     message = choice["message"]

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from service import openai_format, sse
 from service.body import dumps
+from service.chunks import shows_usage
 from service.errors import SluicegateError
-from service.exchange import Annotations, Answer, Choice, Exchange, Refusal
+from service.exchange import Annotations, Answer, Choice, Exchange, Refusal, StreamReader
 
 
 class ChoicesDialect(ABC):
@@ -19,6 +20,12 @@ class ChoicesDialect(ABC):
     """Before the id of an answer of our own."""
     object_name: ClassVar[str]
     """``object`` of an answer that is not a stream."""
+    keep_alive = sse.comment("waiting")
+    """See ``Dialect.keep_alive``."""
+
+    @abstractmethod
+    def reader(self, exchange: Exchange) -> StreamReader:
+        """See ``Dialect.reader``."""
 
     @abstractmethod
     def refused_choice(self, exchange: Exchange, index: int, refusal: Refusal) -> Choice:
@@ -70,10 +77,13 @@ class ChoicesDialect(ABC):
 
     def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
         """See ``Dialect.streamed``."""
-        options = exchange.body.get("stream_options")
-        shows_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        events = (sse.encode(dumps(chunk)) for chunk in self.chunks(body, shows_usage))
+        chunks = self.chunks(body, shows_usage(exchange))
+        events = (sse.encode(dumps(chunk)) for chunk in chunks)
         return b"".join((*events, sse.DONE))
+
+    def error_event(self, error: SluicegateError, identity: str) -> bytes:
+        """See ``Dialect.error_event``."""
+        return sse.encode(dumps(self.error(error, identity))) + sse.DONE
 
     def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
         """See ``Dialect.error``."""

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from models.inputs import GuardInput, Turn
 from service import completions_stream, conversation, openai_format
 from service.choices_dialect import ChoicesDialect
 from service.errors import TooLarge, UpstreamMalformed
-from service.exchange import Annotations, Answer, Choice, Exchange, Field, Refusal, Retry
+from service.exchange import (
+    Annotations,
+    Answer,
+    Choice,
+    Exchange,
+    Field,
+    Refusal,
+    Retry,
+    StreamReader,
+)
 from service.extractor import Reader, Scan
 from service.prompts import PROMPT_SCHEMA, Prompt, parse_prompts, text_fields, token_prompts
 
@@ -102,6 +112,14 @@ class CompletionsDialect(ChoicesDialect):
         """See ``Dialect.parse_stream``."""
         return self.parse_answer(exchange, completions_stream.whole(events))
 
+    def reader(self, exchange: Exchange) -> StreamReader:
+        """See ``Dialect.reader``."""
+        texts = _texts(exchange) if exchange.body.get("echo") is True else []
+        count = len(exchange.asked_again) or exchange.choices
+        echoed = [_prompt_of(exchange, texts, index) for index in range(count)] if texts else ()
+        parse = partial(self.parse_answer, exchange)
+        return completions_stream.CompletionsReader(exchange, parse, echoed)
+
     def retried(self, exchange: Exchange, retry: Retry) -> Mapping[str, Any]:
         """See ``Dialect.retried``: the prompts of ``retry.choices``, once for each, and another
         seed. Of one prompt it asks for several choices: vLLM gives prompts of a list the same seed.
@@ -170,6 +188,12 @@ def _texts(exchange: Exchange) -> list[str]:
     return texts
 
 
+def _prompt_of(exchange: Exchange, texts: Sequence[str], index: int) -> str:
+    """What the choice ``index`` of an attempt completes."""
+    number = exchange.asked_again[index] if exchange.asked_again else index
+    return texts[number // _choices_each(exchange)]
+
+
 # --- Answers -----------------------------------------------------------------------------------
 def _fields(
     exchange: Exchange,
@@ -183,8 +207,7 @@ def _fields(
     Under ``echo`` its text begins with the prompt, which was judged as such. Tokens beside the text
     say the same, or what a stop string cut off.
     """
-    number = exchange.asked_again[index] if exchange.asked_again else index
-    prompt = texts[number // _choices_each(exchange)]
+    prompt = _prompt_of(exchange, texts, index)
     path = f"choices[{index}]"
     text = raw["text"]
     said = text.removeprefix(prompt) if exchange.body.get("echo") is True else text

@@ -133,6 +133,16 @@ class EmbeddingsDialect:
         return error.body()
 
     # Without choices the gate never asks for the following.
+    keep_alive = b""
+
+    def reader(self, exchange: Exchange) -> NoReturn:
+        """Unreachable."""
+        raise AssertionError("embeddings are never streamed")
+
+    def error_event(self, error: SluicegateError, identity: str) -> NoReturn:
+        """Unreachable."""
+        raise AssertionError("embeddings are never streamed")
+
     def retried(self, exchange: Exchange, retry: Retry) -> NoReturn:
         """Unreachable."""
         raise AssertionError("no choice of embeddings is asked for again")

@@ -10,11 +10,11 @@ import asyncio
 import logging
 import re
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.body import ClientDisconnected, dumps, read_body
@@ -130,9 +130,28 @@ def json_response(
     return Response(dumps(value).encode(), status, headers, media_type="application/json")
 
 
+class _Streamed(StreamingResponse):
+    """Closes what it sends when it is done with it, whatever ended it."""
+
+    def __init__(self, stream: AsyncGenerator[bytes, None], status: int) -> None:
+        super().__init__(stream, status)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the ASGI specification."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._stream.aclose()
+
+
 def replied(reply: Reply) -> Response:
     """The answer that a gateway's reply is."""
-    response = Response(reply.body, reply.status)
+    response: Response
+    if reply.stream is not None:
+        response = _Streamed(reply.stream, reply.status)
+    else:
+        response = Response(reply.body, reply.status)
     response.raw_headers.extend(
         (name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers
     )

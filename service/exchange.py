@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from models.inputs import GuardInput, Turn
 from models.taxonomy import Role
 from models.verdict import Verdict
 from service.errors import SluicegateError
+from service.sse import Event
 
 Direction = Role
 """``prompt``: towards the model. ``response``: from it."""
@@ -138,6 +139,75 @@ class Annotations:
     azure: bool
 
 
+class Said(NamedTuple):
+    """A text that an event of a stream adds to a track of a choice.
+
+    ``track`` is where it would stand in a whole answer, as ``choices[0].message.content``: texts of
+    one track follow each other.
+    """
+
+    choice: int
+    name: FieldName
+    track: str
+    text: str
+
+
+class Heard(NamedTuple):
+    """What one event of a stream holds.
+
+    ``said`` is every text in it that a client could read, however unknown its key, but for words
+    where words belong. ``choices`` are those that it speaks of; ``ends`` those of which nothing
+    more comes. ``is_last`` tells that the stream is complete with it.
+    """
+
+    said: tuple[Said, ...] = ()
+    choices: frozenset[int] = frozenset()
+    ends: frozenset[int] = frozenset()
+    unscannable: tuple[str, ...] = ()
+    is_last: bool = False
+
+
+class StreamReader(Protocol):
+    """Reads the stream of one attempt, event by event, and can end it before its end.
+
+    It is told of every event that was heard and, in the same order, of each that was sent to the
+    client: what may be heard and never sent must leave no trace in what it renders.
+    """
+
+    def hear(self, event: Event) -> Heard:
+        """What ``event`` says. Raises ``UpstreamMalformed`` or ``BadRequest`` where it cannot be
+        read, tells of an error, or says more after the end.
+        """
+
+    def answer(self) -> Answer:
+        """The answer that all events heard add up to, for its usage and for what is kept of it.
+
+        Raises as ``hear`` does, also where the stream is not complete.
+        """
+
+    def without(self, event: Event, choices: frozenset[int]) -> bytes:
+        """``event`` without what it says of these choices; empty where nothing is left."""
+
+    def sent(self, event: Event) -> None:
+        """``event`` went to the client, whole or in part."""
+
+    def cut(self, choice: int) -> bytes:
+        """Ends a choice of which something was sent, as the dialect ends one that is filtered."""
+
+    def spoken(self, choice: Choice) -> bytes:
+        """A choice that is not of this attempt (a refusal, or another attempt's), as events of this
+        stream, which has begun. Only where a stream can have several choices.
+        """
+
+    def kept(self) -> Mapping[str, Any] | None:
+        """The answer as it was cut, for a dialect that keeps answers; None where none is."""
+
+    def end(self) -> bytes:
+        """Ends the stream, in place of what the upstream would have ended it with: usage, where it
+        was asked for and heard of, and the last event. Empty where ``cut`` did it.
+        """
+
+
 class Dialect(Protocol):
     """A wire format: parses to the canonical exchange and renders back. Knows nothing else."""
 
@@ -191,6 +261,15 @@ class Dialect(Protocol):
 
     def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
         """A JSON answer as the events of a stream, to its end."""
+
+    keep_alive: bytes
+    """What keeps a stream open without saying anything: clients pass over it."""
+
+    def reader(self, exchange: Exchange) -> StreamReader:
+        """Reads the stream of an attempt at ``exchange``."""
+
+    def error_event(self, error: SluicegateError, identity: str) -> bytes:
+        """An error in a stream that has begun, and the stream's end."""
 
     def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
         """The body of an error; ``identity`` is the request's id."""

@@ -20,6 +20,9 @@ from service.exchange import FieldName
 _WORD: Final = re.compile(r"[\w.:/@+=-]{0,128}", re.ASCII)
 """An identifier: no room for a sentence, as there would be without blanks in Chinese."""
 
+_ESCAPE: Final = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_ESCAPED: Final = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
+
 _PLAIN: Final = (bool, int, float, type(None))
 
 # What every schema says of itself; the words between them are what a model reads.
@@ -153,6 +156,20 @@ def arguments(raw: Any) -> str:
 def _is_name(key: str) -> bool:
     """Whether ``key`` is plainly a word; cheaper than to match it."""
     return key.isascii() and key.isidentifier() and len(key) <= 128
+
+
+def unescaped(raw: str) -> str:
+    """A piece of JSON, with its escapes taken for what they mean."""
+    if "\\" not in raw:
+        return raw
+    text = _ESCAPE.sub(_meaning, raw)
+    # Two halves of one character come as two escapes.
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _meaning(match: re.Match[str]) -> str:
+    escape = match.group(1)
+    return chr(int(escape[1:], 16)) if len(escape) == 5 else _ESCAPED.get(escape, escape)
 
 
 def _flat(pairs: list[tuple[str, Any]]) -> list[Any]:

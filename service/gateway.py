@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Final
 
 from models.inputs import GuardInput
 from service.body import dumps
 from service.errors import (
-    GuardUnavailable,
+    Overloaded,
     SluicegateError,
     TooLarge,
     Unscannable,
     UpstreamError,
     UpstreamMalformed,
 )
+from service.examiner import Examiner
 from service.exchange import (
     Answer,
     Dialect,
-    Direction,
     Exchange,
     Field,
     Retry,
@@ -38,41 +37,54 @@ from service.gate import (
     Generate,
     Generated,
     Judge,
-    Outcome,
-    PromptJudged,
     Refuse,
     Release,
     ResponseJudged,
 )
 from service.headers import response_headers
-from service.judgement import FieldJudge, Judgement
+from service.judgement import FieldJudge
 from service.ledger import Bookkeeper, Request
-from service.policy import Action, Decision, tightened
-from service.replies import Incoming, Progress, Replies, Reply, completion_tokens, parse_answer
+from service.policy import Decision
+from service.replies import (
+    EVENTS,
+    Incoming,
+    NotOurs,
+    Progress,
+    Replies,
+    Reply,
+    completion_tokens,
+    parse_answer,
+    prompt_headers,
+)
 from service.routing import Route, Upstreams
+from service.streaming import StreamedExchange
 from service.upstream import UpstreamResponse
 
 _SEEDS: Final = 2**31
 _MOST_TOKEN_PROMPTS: Final = 64
 
 
-class _NotOurs(Exception):
-    """The upstream refused the first attempt: its answer goes to the client as it is."""
-
-    def __init__(self, response: UpstreamResponse) -> None:
-        super().__init__()
-        self.response = response
-
-
 class Gateway:
     """Guards the upstreams."""
 
-    def __init__(self, judge: FieldJudge, upstreams: Upstreams, keeper: Bookkeeper) -> None:
-        self._judge = judge
+    def __init__(
+        self,
+        judge: FieldJudge,
+        upstreams: Upstreams,
+        keeper: Bookkeeper,
+        *,
+        most_streams: int,
+        load: Callable[[], float],
+    ) -> None:
+        """``load`` is above 1 where the guard is behind with what it has to judge."""
+        self._examiner = Examiner(judge, keeper)
         self._policy = judge.policy
         self._upstreams = upstreams
         self._keeper = keeper
         self._replies = Replies(judge.policy.refusal, keeper.guard_id)
+        self._streams = 0
+        self._most_streams = most_streams
+        self._load = load
 
     async def handle(self, dialect: Dialect, incoming: Incoming) -> Reply:
         """The reply to a request. Raises ``SluicegateError``."""
@@ -80,28 +92,121 @@ class Gateway:
         route = self._upstreams.route(exchange.model)
         request = Request(incoming.id, incoming.route, dialect.name, exchange.model)
         ledger = self._keeper.open(request)
-        progress = Progress(Gate(self._policy.regenerate), ledger, route)
+        gate = Gate.of(self._policy, choices=exchange.choices, is_stream=exchange.stream)
+        progress = Progress(gate, ledger, route)
         try:
             exchange = await self._with_texts(exchange, incoming, route)
+            self._examiner.admit(exchange)
+            if exchange.stream:
+                return await self._streamed(dialect, incoming, exchange, progress)
             end = await self._drive(dialect, incoming, exchange, progress)
-        except _NotOurs as refusal:
+        except NotOurs as refusal:
             progress.outcomes["response"] = "error"
             await ledger.close(progress.outcomes, 1)
             response = refusal.response
             return Reply(response.status, response_headers(response.headers), response.body)
-        except Unscannable:
-            progress.outcomes["prompt"] = "blocked"
-            await ledger.close(progress.outcomes, 0)
+        except SluicegateError as error:
+            await self._failed(progress, error)
             raise
-        except SluicegateError:
-            progress.outcomes["response" if "prompt" in progress.outcomes else "prompt"] = "error"
-            await ledger.close(progress.outcomes, len(progress.answers))
+        await self._settled(progress, end)
+        return self._replies.reply(dialect, incoming, exchange, progress, end)
+
+    async def _streamed(
+        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: Progress
+    ) -> Reply:
+        """A reply whose body is sent as it is released. What fails before its first byte fails
+        as any other exchange does; it begins with a sign of life at the latest.
+        """
+        if self._streams >= self._most_streams:
+            raise Overloaded(
+                f"{self._most_streams} streams are open, as many as are let in: try again in a"
+                " moment"
+            )
+        run = StreamedExchange(
+            self._examiner,
+            dialect,
+            incoming,
+            exchange,
+            progress,
+            retry_of,
+            load=self._load,
+            unjudged=self._keeper.metrics.released_before_verdict.inc,
+        )
+        pieces = run.run()
+        self._streams += 1
+        try:
+            first = await anext(pieces, None)
+        except BaseException:
+            self._streams -= 1
+            await pieces.aclose()
             raise
+        if run.end is not None and not run.has_begun:
+            self._streams -= 1
+            await self._settled(progress, run.end)
+            return self._replies.reply(dialect, incoming, exchange, progress, run.end)
+        assert first is not None
+        body = self._rest(dialect, incoming, exchange, progress, run, first, pieces)
+        # One that has begun cleans up behind itself, also where nobody reads it.
+        await anext(body)
+        return Reply(200, (EVENTS, *prompt_headers(progress)), b"", stream=body)
+
+    async def _rest(
+        self,
+        dialect: Dialect,
+        incoming: Incoming,
+        exchange: Exchange,
+        progress: Progress,
+        run: StreamedExchange,
+        first: bytes,
+        pieces: AsyncGenerator[bytes, None],
+    ) -> AsyncGenerator[bytes, None]:
+        """Nothing, then the bytes of a stream from ``first`` on; its record is durable before the
+        last.
+        """
+        is_settled = False
+        try:
+            yield b""
+            piece: bytes | None = first
+            while piece is not None and run.end is None:
+                yield piece
+                piece = await anext(pieces, None)
+            assert run.end is not None
+            await self._settled(progress, run.end)
+            is_settled = True
+            said = run.said()
+            if incoming.keep is not None and said is not None:
+                await incoming.keep(said)
+            if run.has_begun:
+                yield self._replies.tail(dialect, incoming, exchange, progress, piece or b"")
+            else:
+                yield self._replies.reply(dialect, incoming, exchange, progress, run.end).body
+        except SluicegateError as error:
+            is_settled = True
+            await self._failed(progress, error)
+            yield dialect.error_event(error, incoming.id)
+        finally:
+            self._streams -= 1
+            await pieces.aclose()
+            if not is_settled:
+                # The client went away.
+                await asyncio.shield(self._failed(progress, None))
+
+    async def _settled(self, progress: Progress, end: End) -> None:
+        """Counts and records an exchange that came to its end."""
         if end.rounds:
             self._keeper.metrics.rounds.labels(end.rounds).inc()
+        progress.outcomes["response" if end.attempts else "prompt"] = end.outcome
         self._account(progress)
-        await ledger.close(progress.outcomes, end.attempts)
-        return self._replies.reply(dialect, incoming, exchange, progress, end)
+        await progress.ledger.close(progress.outcomes, end.attempts)
+
+    async def _failed(self, progress: Progress, error: SluicegateError | None) -> None:
+        """Counts and records one that did not; without an error its client went away."""
+        if isinstance(error, Unscannable):
+            progress.outcomes["prompt"] = "blocked"
+            await progress.ledger.close(progress.outcomes, 0)
+            return
+        progress.outcomes["response" if "prompt" in progress.outcomes else "prompt"] = "error"
+        await progress.ledger.close(progress.outcomes, len(progress.answers))
 
     async def _with_texts(self, exchange: Exchange, incoming: Incoming, route: Route) -> Exchange:
         """The exchange with the texts of its token ids, as the upstream's tokenizer gives them."""
@@ -143,7 +248,7 @@ class Gateway:
         while True:
             match commands.popleft():
                 case Judge("prompt"):
-                    event: Event = await self._judge_prompt(exchange, progress)
+                    event: Event = await self._examiner.prompt(exchange, progress)
                 case Judge(_, choices):
                     event = await self._judge_response(exchange, progress, choices, deadline)
                 case Generate() as command:
@@ -157,72 +262,23 @@ class Gateway:
                     progress.refused = choices
                     continue
                 case End() as end:
-                    progress.outcomes["response" if end.attempts else "prompt"] = end.outcome
                     return end
             commands.extend(progress.gate.feed(event))
-
-    async def _judge_prompt(self, exchange: Exchange, progress: Progress) -> PromptJudged:
-        is_partial = bool(exchange.unscannable)
-        if is_partial:
-            if self._policy.unscannable == "block":
-                place = exchange.unscannable[0]
-                raise Unscannable(
-                    f"{place} cannot be scanned by any guard here, so it is not forwarded: leave it"
-                    " out, or set unscannable: allow in the policy",
-                    param=place,
-                )
-            self._keeper.metrics.bypasses.labels("unscannable").inc()
-        judgements = await self._judgements("prompt", 0, exchange.fields, progress)
-        if judgements is None:
-            progress.outcomes["prompt"] = "bypassed"
-            return PromptJudged(None)
-        decision = self._judge.prevailing("prompt", judgements)
-        if exchange.moderation is not None and exchange.moderation.blocks_prompt:
-            decision = tightened(decision)
-        progress.prompt = decision
-        outcome = _PROMPT_OUTCOMES[decision.action]
-        progress.outcomes["prompt"] = "bypassed" if is_partial and outcome != "blocked" else outcome
-        return PromptJudged(decision, is_partial)
 
     async def _judge_response(
         self, exchange: Exchange, progress: Progress, choices: tuple[int, ...], deadline: float
     ) -> ResponseJudged | DeadlinePassed:
         attempt = len(progress.answers)
-        fields = [field for number in choices for field in progress.choices[number].fields]
+        fields = {number: progress.choices[number].fields for number in choices}
+        judging = self._examiner.response(exchange, attempt, fields, progress)
         if attempt == 1:
             # The first answer has the guard's own deadline; later ones the policy's beside it.
-            judgements = await self._judgements("response", attempt, fields, progress)
-        else:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    judgements = await self._judgements("response", attempt, fields, progress)
-            except TimeoutError:
-                return DeadlinePassed()
-        decisions: dict[int, Decision | None] = dict.fromkeys(choices)
-        if judgements is not None:
-            tightens = exchange.moderation is not None and exchange.moderation.blocks_response
-            rest = deque(judgements)
-            for number in choices:
-                own = [rest.popleft() for _ in progress.choices[number].fields]
-                decision = self._judge.prevailing("response", own)
-                decisions[number] = tightened(decision) if tightens else decision
-        progress.decisions |= decisions
-        return ResponseJudged(decisions)
-
-    async def _judgements(
-        self, direction: Direction, attempt: int, fields: Sequence[Field], progress: Progress
-    ) -> list[Judgement] | None:
-        """The judgements; None where the guard could not judge and the policy fails open."""
-        started = time.perf_counter()
+            return ResponseJudged(await judging)
         try:
-            judgements = await self._judge.judge(direction, fields)
-        except GuardUnavailable:
-            if self._policy.fail == "closed":
-                raise
-            self._keeper.metrics.bypasses.labels("guard_unavailable").inc()
-            return None
-        progress.ledger.judged(direction, attempt, judgements, time.perf_counter() - started)
-        return judgements
+            async with asyncio.timeout_at(deadline):
+                return ResponseJudged(await judging)
+        except TimeoutError:
+            return DeadlinePassed()
 
     async def _generate(
         self,
@@ -242,17 +298,13 @@ class Gateway:
             assert command.choices is not ALL
             assert command.because is not None
             numbers = command.choices
-            retry = Retry(
-                seed=_seed(exchange, command.attempt),
-                instruction=instruction(command.because),
-                choices=numbers,
-            )
+            retry = retry_of(exchange, command.attempt, command.because, numbers)
             exchange = replace(exchange, instruction=retry.instruction, asked_again=numbers)
             body = dumps(dialect.retried(exchange, retry)).encode()
             try:
                 async with asyncio.timeout_at(deadline):
                     response, answer = await self._ask(dialect, incoming, exchange, progress, body)
-            except (TimeoutError, UpstreamError, _NotOurs):
+            except (TimeoutError, UpstreamError, NotOurs):
                 # What was generated so far stays refused: that is an answer, an error is not.
                 return DeadlinePassed()
             if len(answer.choices) < len(numbers):
@@ -263,8 +315,6 @@ class Gateway:
                 choice = dialect.renumbered(choice, number)
             progress.choices[number] = choice
             progress.attempt_of[number] = command.attempt
-        if answer.unscannable:
-            self._keeper.metrics.bypasses.labels("unscannable").inc()
         return Generated(numbers, completion_tokens(answer), bool(answer.unscannable))
 
     async def _ask(
@@ -278,7 +328,7 @@ class Gateway:
         response = await progress.route.post(dialect.path, body, incoming.headers)
         progress.ledger.called_upstream(response.seconds)
         if response.status >= 400:
-            raise _NotOurs(response)
+            raise NotOurs(response)
         if response.status != 200:
             raise UpstreamMalformed(
                 f"the upstream answered with status {response.status}, where an answer has 200"
@@ -290,12 +340,7 @@ class Gateway:
             if not passes or progress.answers:
                 raise
             answer = Answer((), {}, unscannable=("",))
-        if answer.unscannable and not passes:
-            raise UpstreamMalformed(
-                f"{answer.unscannable[0]} of the upstream's answer cannot be scanned by any guard"
-                " here, so it is not passed on: set unscannable: allow in the policy",
-                code="unscannable",
-            )
+        self._examiner.admit_answer(answer.unscannable)
         return response, answer
 
     def _account(self, progress: Progress) -> None:
@@ -314,13 +359,6 @@ class Gateway:
         ledger.prompt_tokens = progress.answers[0][1].prompt_tokens or None
 
 
-_PROMPT_OUTCOMES: Final[Mapping[Action, Outcome]] = {
-    Action.ALLOW: "allowed",
-    Action.ANNOTATE: "annotated",
-    Action.BLOCK: "blocked",
-}
-
-
 def instruction(because: Decision) -> str:
     """What the model is told before it tries again: category and severity, never the harm."""
     verdict = because.verdict
@@ -330,6 +368,13 @@ def instruction(because: Decision) -> str:
         f" {verdict.level.label} severity ({names}). Answer again without anything of that kind:"
         " give what help is safe, and where none is, say briefly that you cannot help with it."
     )
+
+
+def retry_of(
+    exchange: Exchange, attempt: int, because: Decision, choices: tuple[int, ...]
+) -> Retry:
+    """How another attempt differs."""
+    return Retry(_seed(exchange, attempt), instruction(because), choices)
 
 
 def _seed(exchange: Exchange, attempt: int) -> int:

@@ -65,7 +65,7 @@ class FieldJudge:
                     [field.judged for field in fields],
                     digests,
                     # An answer was paid for already: it does not wait behind new prompts.
-                    admit=direction == "prompt",
+                    is_answer=direction == "response",
                 )
         except TimeoutError:
             raise GuardUnavailable(

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from models.inputs import Speaker
-from service import conversation, extractor, messages_stream, openai_format
+from service import conversation, extractor, messages_stream, openai_format, sse
+from service.body import dumps
 from service.conversation import Message
 from service.errors import BadRequest, SluicegateError, UpstreamMalformed
 from service.exchange import Annotations, Answer, Choice, Exchange, FieldName, Refusal, Retry
 from service.extractor import Piece, Reader, Scan
+from service.messages_reader import MessagesReader
+from service.messages_stream import ANSWER_WORDS, BLOCK_WORDS, CALLS, CHOICE_WORDS
 
 SPEAKERS: Final[Mapping[str, Speaker]] = {
     "user": "user",
@@ -27,9 +30,7 @@ _FIELD_OF_SPEAKER: Final[Mapping[Speaker, FieldName]] = {
     "tool": "tool_result",
     "assistant": "text",
 }
-_CALLS: Final = frozenset({"tool_use", "server_tool_use", "mcp_tool_use"})
 _MEDIA: Final = frozenset({"image", "redacted_thinking", "container_upload"})
-_BLOCK_WORDS: Final = frozenset({"type", "id", "tool_use_id", "cache_control", "signature"})
 # In a block that is new to us: what stands for something else, or is encoded.
 _OPAQUE_KEYS: Final = frozenset({"source", "data", "file_id", "encrypted_content"})
 _ENCODED: Final = re.compile(r"data:.*|[A-Za-z0-9+/_=-]{256,}", re.DOTALL)
@@ -42,9 +43,7 @@ _WORDS: Final = frozenset(
 )  # fmt: skip
 # What is fetched or run elsewhere: servers of tools, files of an earlier run.
 _UNSCANNABLE: Final = ("mcp_servers", "container")
-_ANSWER_WORDS: Final = frozenset({"id", "type", "role", "model", "usage"})
 _CHOICE_KEYS: Final = ("content", "stop_reason", "stop_sequence")
-_CHOICE_WORDS: Final = frozenset({"stop_reason", "stop_sequence"})
 # Anthropic's word for each status, where it is not the general one.
 _ERROR_TYPES: Final[Mapping[int, str]] = {
     401: "authentication_error",
@@ -101,6 +100,7 @@ class MessagesDialect:
 
     name = "messages"
     path = "/v1/messages"
+    keep_alive = sse.encode('{"type": "ping"}', "ping")
     schema: Mapping[str, Any] = {
         "type": "object",
         "required": ["model", "messages", "max_tokens"],
@@ -157,7 +157,7 @@ class MessagesDialect:
         scan = Scan()
         content = _Content("assistant", scan)
         content.read(reader.take("content"), "content")
-        reader.pass_words(_ANSWER_WORDS | _CHOICE_WORDS)
+        reader.pass_words(ANSWER_WORDS | CHOICE_WORDS)
         reader.rest(scan)
         pieces = tuple(piece for one in content.messages() for piece in one.pieces)
         fields = conversation.answer_fields(context, Message("assistant", "", pieces))
@@ -238,7 +238,7 @@ class MessagesDialect:
         that may be another.
         """
         (choice,) = choices
-        kept = {key: answer.body[key] for key in answer.body if key in _ANSWER_WORDS}
+        kept = {key: answer.body[key] for key in answer.body if key in ANSWER_WORDS}
         kept = {key: value for key, value in kept.items() if extractor.are_words(value)}
         kept |= {"type": "message", "role": "assistant"}
         kept["usage"] = kept.get("usage") or {"input_tokens": 0, "output_tokens": 0}
@@ -255,6 +255,14 @@ class MessagesDialect:
     def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
         """See ``Dialect.streamed``."""
         return messages_stream.encoded(messages_stream.events(body))
+
+    def reader(self, exchange: Exchange) -> MessagesReader:
+        """See ``Dialect.reader``."""
+        return MessagesReader(exchange, self.parse_answer)
+
+    def error_event(self, error: SluicegateError, identity: str) -> bytes:
+        """See ``Dialect.error_event``."""
+        return sse.encode(dumps(self.error(error, identity)), "error")
 
     def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
         """See ``Dialect.error``. Our own keys stand beside Anthropic's."""
@@ -315,13 +323,13 @@ class _Content:
         if not isinstance(kind, str):
             raise BadRequest(f"{path} must be an object with a type", param=path)
         reader = Reader(block, path)
-        reader.pass_words(_BLOCK_WORDS)
+        reader.pass_words(BLOCK_WORDS)
         if kind in ("text", "thinking"):
             said = reader.take(kind)
             if not isinstance(said, str | None):
                 raise BadRequest(f"{path}.{kind} must be a string", param=f"{path}.{kind}")
             (self._texts if kind == "text" else self._thoughts).append(said or "")
-        elif kind in _CALLS:
+        elif kind in CALLS:
             self._call(reader)
         elif kind.endswith("tool_result"):
             inner = _Content("tool", Scan(unscannable=self._scan.unscannable))

@@ -9,15 +9,19 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from service import extractor, sse, verdict_shapes
+from service import extractor, openai_format, sse, verdict_shapes
 from service.body import dumps, parse_object
-from service.chat_stream import joined, later
+from service.chunks import joined, later
 from service.errors import BadRequest, UpstreamMalformed
 from service.exchange import Annotations
 
 ANNOTATIONS: Final = ("moderation", "prompt_filter_results", "content_filter_results")
 """Keys of ours beside a message; in a stream they come in an event of their own."""
 
+CALLS: Final = frozenset({"tool_use", "server_tool_use", "mcp_tool_use"})
+BLOCK_WORDS: Final = frozenset({"type", "id", "tool_use_id", "cache_control", "signature"})
+ANSWER_WORDS: Final = frozenset({"id", "type", "role", "model", "usage"})
+CHOICE_WORDS: Final = frozenset({"stop_reason", "stop_sequence"})
 _DONE: Final = "[DONE]"
 _END_KEYS: Final = ("stop_reason", "stop_sequence", "stop_details")
 _NO_USAGE: Final[Mapping[str, int]] = {"input_tokens": 0, "output_tokens": 0}
@@ -31,34 +35,6 @@ _KNOWN: Final[Mapping[str, frozenset[str]]] = {
     "message_stop": frozenset({"type"}),
     "ping": frozenset({"type"}),
 }
-_ENDS: Final = frozenset({"stop_reason", "stop_sequence"})
-"""What the end of a message says once."""
-
-
-def objects(events: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The events in their data, which must end with ``message_stop``.
-
-    vLLM's other routes end with ``[DONE]``; one behind the end is passed over.
-    """
-    ended = False
-    for number, data in enumerate(events):
-        if data == _DONE and ended and number == len(events) - 1:
-            continue
-        try:
-            event = parse_object(data.encode())
-        except (BadRequest, UnicodeEncodeError):
-            raise UpstreamMalformed("an event of the upstream's stream is not JSON") from None
-        kind = event.get("type")
-        if not isinstance(kind, str) or not extractor.are_words(kind):
-            raise UpstreamMalformed("an event of the upstream's stream has no type")
-        if kind == "error":
-            raise UpstreamMalformed("the upstream's stream ended with an error: try again")
-        if ended and kind != "ping":
-            raise UpstreamMalformed("the upstream's stream goes on behind its end")
-        ended = ended or kind == "message_stop"
-        yield event
-    if not ended:
-        raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
 
 
 def whole(events: Sequence[str]) -> dict[str, Any]:
@@ -67,42 +43,10 @@ def whole(events: Sequence[str]) -> dict[str, Any]:
     What a client may read beside the message, in events or keys that are new to us, stands in a
     list under ``events``.
     """
-    message: dict[str, Any] | None = None
-    blocks: list[_Block] = []
-    beside: list[Any] = []
-    for event in objects(events):
-        kind = event["type"]
-        known = _KNOWN.get(kind, frozenset())
-        if left := {key: value for key, value in event.items() if key not in known}:
-            beside.append(left)
-        if kind == "message_start":
-            if message is not None:
-                raise UpstreamMalformed("a message in the upstream's stream starts twice")
-            message = _started(event.get("message"))
-        elif kind == "ping" or kind not in _KNOWN:
-            continue
-        elif message is None:
-            raise UpstreamMalformed("the upstream's stream does not start with a message")
-        elif kind == "message_delta":
-            _end(message, event)
-        elif kind == "content_block_start":
-            if event.get("index") != len(blocks):
-                raise UpstreamMalformed("a block in the upstream's stream is out of order")
-            blocks.append(_Block(event.get("content_block")))
-        else:
-            index = event.get("index")
-            if kind == "message_stop":
-                continue
-            if type(index) is not int or not 0 <= index < len(blocks):
-                raise UpstreamMalformed("an event of the upstream's stream belongs to no block")
-            if kind == "content_block_delta":
-                blocks[index].add(event.get("delta"))
-    if message is None:
-        raise UpstreamMalformed("the upstream's stream ended without a message")
-    message["content"] = [block.whole() for block in blocks]
-    if beside:
-        message["events"] = [*beside, *_listed(message.get("events"))]
-    return message
+    assembly = Assembly()
+    for data in events:
+        assembly.add(data)
+    return assembly.whole()
 
 
 def events(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -157,6 +101,96 @@ def annotated(raw: bytes, asked: Annotations) -> bytes:
     return raw
 
 
+class Assembly:
+    """A message on its way, to which the events of its stream are added by their data."""
+
+    def __init__(self) -> None:
+        self._message: dict[str, Any] | None = None
+        self._blocks: list[_Block] = []
+        self._beside: list[Any] = []
+        self._has_reason = False
+        self._has_ended = False
+        self._is_over = False
+
+    def add(self, data: str) -> dict[str, Any] | None:
+        """Adds an event, and gives it; None for a ``[DONE]`` behind the end, as vLLM's other routes
+        send it. Raises ``UpstreamMalformed`` where a message cannot go on with it.
+        """
+        if data == _DONE and self._has_ended and not self._is_over:
+            self._is_over = True
+            return None
+        event = _parsed(data)
+        if self._is_over or (self._has_ended and event != {"type": "ping"}):
+            raise UpstreamMalformed("the upstream's stream goes on behind its end")
+        kind = event["type"]
+        if left := beside(event):
+            self._beside.append(left)
+        if kind == "message_start":
+            if self._message is not None:
+                raise UpstreamMalformed("a message in the upstream's stream starts twice")
+            self._message = _started(event.get("message"))
+        elif kind == "message_stop":
+            if self._message is None:
+                raise UpstreamMalformed("the upstream's stream does not start with a message")
+            self._has_ended = True
+        elif kind != "ping" and kind in _KNOWN:
+            self._grow(event)
+        return event
+
+    def whole(self) -> dict[str, Any]:
+        """All of it; ``UpstreamMalformed`` where it has not come to its end."""
+        if self._message is None or not self._has_ended:
+            raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
+        message = self._message | {"content": [block.whole() for block in self._blocks]}
+        if self._beside:
+            message["events"] = [*self._beside, *_listed(message.get("events"))]
+        return message
+
+    def block(self, index: int) -> Mapping[str, Any]:
+        """The block of this number, as far as it came."""
+        return self._blocks[index].so_far
+
+    @property
+    def output_tokens(self) -> int:
+        """The count of them that was heard last."""
+        usage = (self._message or {}).get("usage")
+        return openai_format.count(usage.get("output_tokens") if isinstance(usage, dict) else None)
+
+    def _grow(self, event: Mapping[str, Any]) -> None:
+        kind = event["type"]
+        if self._message is None:
+            raise UpstreamMalformed("the upstream's stream does not start with a message")
+        if kind == "message_delta":
+            _end(self._message, event)
+            self._has_reason = self._has_reason or reason(event) is not None
+            return
+        if kind != "content_block_stop" and self._has_reason:
+            raise UpstreamMalformed("a message in the upstream's stream goes on behind its end")
+        index = event.get("index")
+        if kind == "content_block_start":
+            # A truth value equals a number.
+            if type(index) is not int or index != len(self._blocks):
+                raise UpstreamMalformed("a block in the upstream's stream is out of order")
+            self._blocks.append(_Block(event.get("content_block")))
+            return
+        if type(index) is not int or not 0 <= index < len(self._blocks):
+            raise UpstreamMalformed("an event of the upstream's stream belongs to no block")
+        if kind == "content_block_delta":
+            self._blocks[index].add(event.get("delta"))
+
+
+def beside(event: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in an event beside what its type is known to say."""
+    known = _KNOWN.get(event["type"], frozenset())
+    return {key: value for key, value in event.items() if key not in known}
+
+
+def reason(event: Mapping[str, Any]) -> Any:
+    """Why a message ended, if a ``message_delta`` says it."""
+    delta = event.get("delta")
+    return delta.get("stop_reason") if isinstance(delta, dict) else None
+
+
 class _Block:
     """A content block on its way."""
 
@@ -192,6 +226,11 @@ class _Block:
             else:
                 value[key] = joined(value.get(key), piece)
 
+    @property
+    def so_far(self) -> Mapping[str, Any]:
+        """The block but for its input in pieces."""
+        return self._value
+
     def whole(self) -> dict[str, Any]:
         """The block as if it had not been streamed."""
         if not self._json:
@@ -199,6 +238,19 @@ class _Block:
         given = self._value.get("input")
         found = _input(self._json)
         return self._value | {"input": [given, found] if given else found}
+
+
+def _parsed(data: str) -> dict[str, Any]:
+    try:
+        event = parse_object(data.encode())
+    except (BadRequest, UnicodeEncodeError):
+        raise UpstreamMalformed("an event of the upstream's stream is not JSON") from None
+    kind = event.get("type")
+    if not isinstance(kind, str) or not extractor.are_words(kind):
+        raise UpstreamMalformed("an event of the upstream's stream has no type")
+    if kind == "error":
+        raise UpstreamMalformed("the upstream's stream ended with an error: try again")
+    return event
 
 
 def _input(raw: str) -> Any:
@@ -229,7 +281,7 @@ def _end(message: dict[str, Any], event: Mapping[str, Any]) -> None:
     if not isinstance(delta, dict | None) or "content" in (delta or {}):
         raise UpstreamMalformed("the end of the upstream's message cannot be read")
     for key, value in (delta or {}).items():
-        add = later if key in _ENDS else joined
+        add = later if key in CHOICE_WORDS else joined
         message[key] = add(message.get(key), value)
     usage, known = event.get("usage"), message.get("usage")
     if isinstance(usage, dict) and isinstance(known, dict):

@@ -95,9 +95,17 @@ class Rule(_Part):
 
 
 class Stream(_Part):
-    """How streams are released. Both modes hold the whole answer in this release."""
+    """How streams are released.
 
-    mode: Literal["hold", "buffer"] = "hold"
+    ``hold``: what was judged. ``buffer``: the whole answer, once it was judged. ``monitor``: at
+    once, to be judged behind, and only told.
+    """
+
+    mode: Literal["hold", "buffer", "monitor"] = "hold"
+    doubt: float = Field(default=0.06, gt=0, le=1)
+    """The severity score from which a piece that was cleared waits for the next one."""
+    speculative: bool = True
+    """Whether the upstream is asked while the prompt is judged."""
 
 
 class Regenerate(_Part):

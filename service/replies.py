@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from service.routing import Route
 from service.upstream import UpstreamResponse
 
 _JSON: Final = ("content-type", "application/json")
-_EVENTS: Final = ("content-type", "text/event-stream; charset=utf-8")
+EVENTS: Final = ("content-type", "text/event-stream; charset=utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class Incoming:
     headers: Mapping[str, str]
     wants_azure: bool = False
     """Whether Azure's filter results are asked for."""
+    keep: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
+    """Told what a stream said, if the client got all of it, before its last bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class Reply:
     body: bytes
     said: Mapping[str, Any] | None = None
     attempts: int = 0
+    stream: AsyncGenerator[bytes, None] | None = None
+    """In place of ``body``: what is sent as it is released."""
 
 
 @dataclass(slots=True)
@@ -70,6 +74,14 @@ class Progress:
     outcomes: dict[Direction, Outcome] = field(default_factory=dict)
 
 
+class NotOurs(Exception):
+    """The upstream refused the first attempt: its answer goes to the client as it is."""
+
+    def __init__(self, response: UpstreamResponse) -> None:
+        super().__init__()
+        self.response = response
+
+
 class Replies:
     """Renders the end of an exchange; ``refusal`` is the policy's."""
 
@@ -84,7 +96,7 @@ class Replies:
         """The reply to an exchange that is over."""
         said = _headers(progress, end)
         asked = self._annotations(incoming, exchange, progress)
-        if not progress.answers:
+        if not end.attempts:
             return self._blocked(dialect, incoming, exchange, progress, asked, said)
         response, first = progress.answers[0]
         headers = (*response_headers(response.headers), *said)
@@ -96,11 +108,23 @@ class Replies:
         # Without an answer that could be read there is nothing to tell of it.
         if asked is not None and shown:
             shown = dialect.annotated(shown, asked)
-            if is_stream(response):
+            if is_stream(response.headers):
                 body = dialect.annotated_stream(body, asked)
             else:
                 body = dumps(shown).encode()
         return Reply(response.status, headers, body, shown, end.attempts)
+
+    def tail(
+        self,
+        dialect: Dialect,
+        incoming: Incoming,
+        exchange: Exchange,
+        progress: Progress,
+        last: bytes,
+    ) -> bytes:
+        """The end of a stream, with the verdicts in it that were asked for."""
+        asked = self._annotations(incoming, exchange, progress)
+        return last if asked is None else dialect.annotated_stream(last, asked)
 
     def _assembled(
         self,
@@ -172,7 +196,7 @@ class Replies:
 def parse_answer(dialect: Dialect, exchange: Exchange, response: UpstreamResponse) -> Answer:
     """The upstream's answer, streamed or not; ``UpstreamMalformed`` if it cannot be judged."""
     try:
-        if is_stream(response):
+        if is_stream(response.headers):
             # The body has a bound of its own, and an event may hold a whole answer.
             parser = sse.EventParser(max_event_bytes=len(response.body) + 1)
             events = [event.data for event in (*parser.feed(response.body), *parser.finish())]
@@ -196,8 +220,15 @@ def _rendered(
 ) -> Reply:
     """An answer of our own making, in a stream where that was asked for."""
     if exchange.stream:
-        return Reply(200, (*headers, _EVENTS), dialect.streamed(exchange, shown), shown)
+        return Reply(200, (*headers, EVENTS), dialect.streamed(exchange, shown), shown)
     return Reply(200, (*headers, _JSON), dumps(shown).encode(), shown)
+
+
+def prompt_headers(progress: Progress) -> Headers:
+    """What a stream can say of its judgement when it begins."""
+    if progress.prompt is None:
+        return ()
+    return (("x-sluicegate-prompt-severity", progress.prompt.verdict.level.label),)
 
 
 def _headers(progress: Progress, end: End) -> Headers:
@@ -205,16 +236,15 @@ def _headers(progress: Progress, end: End) -> Headers:
     said = [
         ("x-sluicegate-outcome", end.outcome),
         ("x-sluicegate-attempts", str(end.attempts)),
+        *prompt_headers(progress),
     ]
-    if progress.prompt is not None:
-        said.append(("x-sluicegate-prompt-severity", progress.prompt.verdict.level.label))
     levels = [one.verdict.level for one in progress.decisions.values() if one is not None]
     if levels:
         said.append(("x-sluicegate-response-severity", max(levels).label))
     return tuple(said)
 
 
-def is_stream(response: UpstreamResponse) -> bool:
+def is_stream(headers: Headers) -> bool:
     """Whether an answer is a stream of events."""
-    kind = (header(response.headers, "content-type") or "").partition(";")[0]
+    kind = (header(headers, "content-type") or "").partition(";")[0]
     return kind.strip().lower() == "text/event-stream"

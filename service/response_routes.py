@@ -48,8 +48,15 @@ class ResponseRoutes:
         if stored is not None:
             asked = expanded(incoming.body, stored)
             incoming = replace(incoming, raw=dumps(asked).encode(), body=asked)
+        keeps = asked.get("store") is not False
+
+        async def keep(said: Mapping[str, Any]) -> None:
+            await self._keep(owner, said, items_of(asked, said))
+
+        if keeps:
+            incoming = replace(incoming, keep=keep)
         reply = await self._gateway.handle(self._dialect, incoming)
-        if reply.said is not None and asked.get("store") is not False:
+        if reply.said is not None and keeps:
             before = stored.items if stored else ()
             items = items_of(asked, reply.said) if reply.attempts else before
             await self._keep(owner, reply.said, items)

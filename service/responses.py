@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from service import conversation, extractor, openai_format, responses_stream, verdict_shapes
-from service.body import strings
+from service import conversation, extractor, openai_format, responses_stream, sse, verdict_shapes
+from service.body import dumps, strings
 from service.conversation import Message
 from service.errors import BadRequest, SluicegateError, UpstreamMalformed
 from service.exchange import Annotations, Answer, Choice, Exchange, Refusal, Retry
 from service.extractor import Piece, Reader, Scan
 from service.responses_items import ITEM_SCHEMA, parse_item, parse_items
+from service.responses_reader import ResponsesReader
 
 _REQUEST_WORDS: Final = openai_format.WORDS | {
     "background", "reasoning", "text", "prompt_cache_retention", "prompt_cache_options",
@@ -122,10 +123,7 @@ class ResponsesDialect:
         said and it does not say is judged.
         """
         streamed = responses_stream.whole(events)
-        scan = Scan(unscannable=list(streamed.unscannable))
-        for text in streamed.texts:
-            scan.add("text", "stream", text)
-        return _answer(exchange, streamed.response, scan)
+        return _answer(exchange, streamed.response, streamed.scan())
 
     def forwarded(self, exchange: Exchange) -> Mapping[str, Any] | None:
         """See ``Dialect.forwarded``: the upstream stores nothing, or it could be read unjudged."""
@@ -199,6 +197,17 @@ class ResponsesDialect:
     def streamed(self, exchange: Exchange, body: Mapping[str, Any]) -> bytes:
         """See ``Dialect.streamed``."""
         return responses_stream.encoded(body)
+
+    keep_alive = sse.comment("waiting")
+
+    def reader(self, exchange: Exchange) -> ResponsesReader:
+        """See ``Dialect.reader``."""
+        return ResponsesReader(exchange, _answer)
+
+    def error_event(self, error: SluicegateError, identity: str) -> bytes:
+        """See ``Dialect.error_event``."""
+        body = {**error.body()["error"], "type": "error", "sequence_number": 0}
+        return sse.encode(dumps(body), "error")
 
     def error(self, error: SluicegateError, identity: str) -> Mapping[str, Any]:
         """See ``Dialect.error``."""

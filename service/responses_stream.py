@@ -12,19 +12,20 @@ from typing import Any, Final
 from service import extractor, sse
 from service.body import dumps, parse_object, strings
 from service.errors import BadRequest, UpstreamMalformed
+from service.extractor import Scan
 
-_DONE: Final = "[DONE]"
-_FINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
-_WORDS: Final = frozenset(
+DONE: Final = "[DONE]"
+FINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
+WORDS: Final = frozenset(
     {
         "type", "item_id", "id", "call_id", "status", "role", "phase", "object", "obfuscation",
         "event_id",
     }
 )  # fmt: skip
 # The same tokens as the text that is judged, one by one.
-_TOKENS: Final = frozenset({"logprobs", "top_logprobs", "bytes"})
+TOKENS: Final = frozenset({"logprobs", "top_logprobs", "bytes"})
 _PLACES: Final = ("item_id", "output_index", "content_index", "summary_index", "command_index")
-_CIPHERS: Final = frozenset({"encrypted_content", "partial_image_b64"})
+CIPHERS: Final = frozenset({"encrypted_content", "partial_image_b64"})
 _ANNOTATIONS: Final = ("moderation", "prompt_filter_results", "content_filter_results")
 
 
@@ -36,48 +37,75 @@ class Streamed:
     texts: tuple[str, ...]
     unscannable: tuple[str, ...]
 
+    def scan(self) -> Scan:
+        """What stands beside the response."""
+        scan = Scan(unscannable=list(self.unscannable))
+        for text in self.texts:
+            scan.add("text", "stream", text)
+        return scan
 
-def whole(events: Sequence[str]) -> Streamed:
-    """What all events of a stream add up to; ``UpstreamMalformed`` if it is not complete."""
-    final: Mapping[str, Any] | None = None
-    snapshots: list[Mapping[str, Any]] = []
-    deltas: dict[tuple[Any, ...], list[str]] = {}
-    others: dict[str, None] = {}
-    unscannable: list[str] = []
-    for data in events:
-        if data == _DONE:
-            continue
-        event = _event(data)
+
+class Adding:
+    """Adds up the events of a stream, one by one; raises ``UpstreamMalformed`` for what is none."""
+
+    def __init__(self) -> None:
+        self.final: Mapping[str, Any] | None = None
+        self._snapshots: list[Mapping[str, Any]] = []
+        self._deltas: dict[tuple[Any, ...], list[str]] = {}
+        self._others: dict[str, None] = {}
+        self._unscannable: list[str] = []
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """One more event."""
         kind = event["type"]
         if kind == "error":
             raise UpstreamMalformed("the upstream's stream ended with an error: try again")
         event = dict(event)
-        if kind in _FINAL:
-            if final is not None:
+        if kind in FINAL:
+            if self.final is not None:
                 raise UpstreamMalformed("the upstream's stream ended twice")
-            final = event.pop("response", None)
-            if not isinstance(final, dict):
+            self.final = event.pop("response", None)
+            if not isinstance(self.final, dict):
                 raise UpstreamMalformed("the last event of the upstream's stream has no response")
         elif isinstance(event.get("response"), dict):
-            snapshots.append(event.pop("response"))
+            self._snapshots.append(event.pop("response"))
         if "audio" in kind and "transcript" not in kind:
-            unscannable.append(kind)
+            self._unscannable.append(kind)
         elif isinstance(event.get("delta"), str):
-            where = (kind, *(event.get(key) for key in _PLACES))
-            deltas.setdefault(where, []).append(event.pop("delta"))
-        others |= dict.fromkeys(_texts(event, unscannable))
-    if final is None:
-        raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
-    said = [*others, *("".join(parts) for parts in deltas.values())]
-    texts = dict.fromkeys(_new(said, final.get("output")))
-    for snapshot in snapshots:
-        texts |= dict.fromkeys(_new(_texts(snapshot, unscannable), final))
-    # Some may be arguments: what these say is read without their escapes too.
-    texts |= dict.fromkeys([extractor.arguments(text) for text in texts])
-    return Streamed(final, tuple(texts), tuple(unscannable))
+            where = (kind, *(_hashable(event.get(key)) for key in _PLACES))
+            self._deltas.setdefault(where, []).append(event.pop("delta"))
+        self._others |= dict.fromkeys(texts(event, self._unscannable))
+
+    def total(self) -> Streamed:
+        """What they add up to; ``UpstreamMalformed`` if the end is missing."""
+        final = self.final
+        if final is None:
+            raise UpstreamMalformed("the upstream's stream ended before it was complete: try again")
+        said = [*self._others, *("".join(parts) for parts in self._deltas.values())]
+        found = dict.fromkeys(_new(said, final.get("output")))
+        unscannable = list(self._unscannable)
+        for snapshot in self._snapshots:
+            found |= dict.fromkeys(_new(texts(snapshot, unscannable), final))
+        # Some may be arguments: what these say is read without their escapes too.
+        found |= dict.fromkeys([extractor.arguments(text) for text in found])
+        return Streamed(final, tuple(found), tuple(unscannable))
 
 
-def _event(data: str) -> Mapping[str, Any]:
+def whole(events: Sequence[str]) -> Streamed:
+    """What all events of a stream add up to; ``UpstreamMalformed`` if it is not complete."""
+    adding = Adding()
+    for data in events:
+        if data != DONE:
+            adding.add(parse_event(data))
+    return adding.total()
+
+
+def _hashable(place: Any) -> Any:
+    return place if isinstance(place, str | int | float | None) else dumps(place)
+
+
+def parse_event(data: str) -> Mapping[str, Any]:
+    """An event's data as JSON; ``UpstreamMalformed`` if it is none or has no type."""
     try:
         # Strictly, as a client might read a key that stands twice in another way.
         event = parse_object(data.encode())
@@ -90,8 +118,10 @@ def _event(data: str) -> Mapping[str, Any]:
     return event
 
 
-def _texts(value: Any, unscannable: list[str]) -> Iterator[str]:
-    """All strings that may say something; notes what cannot be read in ``unscannable``."""
+def texts(value: Any, unscannable: list[str], passed: frozenset[str] = TOKENS) -> Iterator[str]:
+    """All strings that may say something, but what stands under the keys ``passed``; notes what
+    cannot be read in ``unscannable``.
+    """
     stack = [value]
     while stack:
         item = stack.pop()
@@ -103,9 +133,9 @@ def _texts(value: Any, unscannable: list[str]) -> Iterator[str]:
             for key, inner in item.items():
                 if not extractor.are_words(key):
                     yield key
-                if key in _CIPHERS and inner is not None:
+                if key in CIPHERS and inner is not None:
                     unscannable.append(key)
-                elif key not in _TOKENS and not (key in _WORDS and extractor.are_words(inner)):
+                elif key not in passed and not (key in WORDS and extractor.are_words(inner)):
                     stack.append(inner)
 
 
@@ -122,7 +152,7 @@ def _new(texts: Iterable[str], final: Any) -> Iterator[str]:
 
 def _without_tokens(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_tokens(inner) for k, inner in value.items() if k not in _TOKENS}
+        return {k: _without_tokens(inner) for k, inner in value.items() if k not in TOKENS}
     return [_without_tokens(inner) for inner in value] if isinstance(value, list) else value
 
 
@@ -131,8 +161,8 @@ def with_final(raw: bytes, change: Callable[[Mapping[str, Any]], Mapping[str, An
     parser = sse.EventParser()
     shown = []
     for event in (*parser.feed(raw), *parser.finish()):
-        value = _event(event.data) if event.data and event.data != _DONE else {}
-        if value.get("type") in _FINAL:
+        value = parse_event(event.data) if event.data and event.data != DONE else {}
+        if value.get("type") in FINAL:
             changed = {**value, "response": change(value["response"])}
             shown.append(sse.encode(dumps(changed), event.event))
         else:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from service.body import dumps
 from service.breaker import Breaker
@@ -19,10 +19,12 @@ from service.errors import (
     UpstreamMalformed,
     UpstreamUnavailable,
 )
-from service.upstream import Upstream, UpstreamResponse
+from service.upstream import Upstream, UpstreamResponse, UpstreamStream
 
 _FAILURES: Final = frozenset({502, 503, 504})
 """Statuses by which a server, or one before it, says that it cannot serve."""
+
+_Answer = TypeVar("_Answer", UpstreamResponse, UpstreamStream)
 
 
 class Route:
@@ -72,6 +74,16 @@ class Route:
         with self._watched() as watch:
             return watch(await self._upstream.get(path, headers))
 
+    @asynccontextmanager
+    async def stream(
+        self, path: str, body: bytes, headers: Mapping[str, str]
+    ) -> AsyncIterator[UpstreamStream]:
+        """See ``Upstream.stream``. Raises as ``post`` does."""
+        with self._watched() as watch:
+            async with self._upstream.stream(path, body, headers) as answer:
+                watch(answer)
+                yield answer
+
     async def send(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
     ) -> UpstreamResponse:
@@ -93,7 +105,7 @@ class Route:
         return text if response.status == 200 and isinstance(text, str) else None
 
     @contextmanager
-    def _watched(self) -> Iterator[Callable[[UpstreamResponse], UpstreamResponse]]:
+    def _watched(self) -> Iterator[Callable[[_Answer], _Answer]]:
         """Lets one call pass, and learns from what comes of it."""
         left = self._breaker.remaining(time.monotonic())
         if left > 0:
@@ -105,7 +117,7 @@ class Route:
         is_trial = not self._breaker.is_closed
         is_settled = False
 
-        def watch(response: UpstreamResponse) -> UpstreamResponse:
+        def watch(response: _Answer) -> _Answer:
             nonlocal is_settled
             is_settled = True
             self._settle(response.status not in _FAILURES)

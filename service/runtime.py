@@ -35,6 +35,8 @@ from service.upstream import Deadlines, Upstream
 from service.verdict_cache import VerdictCache, keyed_digest
 
 _SPOOL_BYTES: Final = 64 * 2**20
+_WAITING_WINDOWS: Final = 64
+"""With so many waiting for the guard, streams are judged in pieces of twice the size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,13 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         keeper = Bookkeeper(metrics, recorder, policy, guard.id)
         metrics.watch(batcher, state, recorder, upstreams)
         metrics.build.labels(version("sluicegate"), guard.id, keeper.policy_name).set(1)
-        gateway = Gateway(judge, upstreams, keeper)
+        gateway = Gateway(
+            judge,
+            upstreams,
+            keeper,
+            most_streams=settings.streams,
+            load=lambda: 1.0 + batcher.waiting / _WAITING_WINDOWS,
+        )
         responses = ResponseStore(
             state,
             seconds=settings.response_seconds,

@@ -107,6 +107,8 @@ class Settings(BaseSettings):
     batch_tokens: int = Field(default=4096, ge=256, le=16384)
     waiting_windows: int = Field(default=16384, ge=1)
     """Windows of text that may wait for the guard before new requests are told to come back."""
+    streams: int = Field(default=1024, ge=1)
+    """Streams that may be open at once."""
     fields_per_request: int = Field(default=4096, ge=1)
     """Messages, tools, documents and the like of one request."""
     cached_verdicts: int = Field(default=16384, ge=0)

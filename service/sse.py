@@ -7,13 +7,14 @@ The format is the event stream of the HTML Standard, section 9.2
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.errors import UpstreamMalformed
 
 DONE = b"data: [DONE]\n\n"
 """The event that ends a stream in OpenAI's dialect."""
 
+_DATA = b"data: "
 _BOM = b"\xef\xbb\xbf"
 _CONTENT = re.compile(rb"[^\r\n]")
 # A line end and then a blank line. A CR may be the first half of a CRLF, so the first line end
@@ -24,8 +25,7 @@ _LONGEST_EVENT_END = 4
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """One event as it came.
 
     ``event`` is its type, or None where it has none. ``data`` is its data lines, joined by line
@@ -50,21 +50,32 @@ class EventParser:
         self._buffer = bytearray()
         self._searched = 0
         self._at_start = True
+        self._has_returns = False
+        """Whether a CR ever came: without one, a blank line is two line feeds."""
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that ``data`` completes, in order."""
         buffer = self._buffer
         buffer += data
+        self._has_returns = self._has_returns or b"\r" in data
         events = []
         start = 0
         searched = self._searched
         while True:
             # Blank lines before an event end nothing; they stand at the head of its raw bytes.
             content = _CONTENT.search(buffer, searched)
-            end = _EVENT_END.search(buffer, content.end()) if content else None
-            if end is None:
+            if content is None:
                 break
-            searched = end.end()
+            if not self._has_returns:
+                end = buffer.find(b"\n\n", content.end()) + 2
+                if end < 2:
+                    break
+                searched = end
+            else:
+                match = _EVENT_END.search(buffer, content.end())
+                if match is None:
+                    break
+                searched = match.end()
             events.append(self._event(bytes(buffer[start:searched])))
             start = searched
         del buffer[:start]
@@ -89,12 +100,17 @@ class EventParser:
         if self._at_start:
             self._at_start = False
             content = raw.removeprefix(_BOM)
+        if is_one_line(content):
+            try:
+                return Event(None, content[len(_DATA) : -2].decode(), raw)
+            except UnicodeDecodeError:
+                raise self._no_text() from None
         try:
             # bytes.splitlines knows CR, LF and CRLF alone; str.splitlines knows seven more.
             lines = [line.decode() for line in content.splitlines()]
         except UnicodeDecodeError:
             # From None: the foreign error holds the bytes.
-            raise UpstreamMalformed("The upstream's event stream is not UTF-8.") from None
+            raise self._no_text() from None
         event = None
         data = []
         for line in lines:
@@ -105,6 +121,10 @@ class EventParser:
                 event = value.removeprefix(" ")
         return Event(event or None, "\n".join(data), raw)
 
+    @staticmethod
+    def _no_text() -> UpstreamMalformed:
+        return UpstreamMalformed("The upstream's event stream is not UTF-8.")
+
     def _check_size(self, size: int) -> None:
         if size > self._max_event_bytes:
             raise UpstreamMalformed(
@@ -112,6 +132,13 @@ class EventParser:
                 f"{self._max_event_bytes} bytes.",
                 code="upstream_too_large",
             )
+
+
+def is_one_line(raw: bytes) -> bool:
+    """Whether an event is one line of data and the blank line, as nearly all are."""
+    return (
+        raw.startswith(_DATA) and raw.find(b"\n") == len(raw) - 2 and raw.endswith(b"\n\n")
+    ) and b"\r" not in raw
 
 
 def encode(data: str, event: str | None = None) -> bytes:

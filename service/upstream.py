@@ -8,7 +8,7 @@ generating.
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,7 @@ class UpstreamStream:
         if self._length is not None:
             self._check_size(self._length)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it comes, in pieces of any size; to be read once.
 
         Reading slowly slows the upstream down. Only waiting for it counts against the idle

@@ -52,7 +52,7 @@ class VerdictCache:
         return len(self._verdicts)
 
     async def judge(
-        self, items: Sequence[GuardInput], digests: Sequence[bytes], *, admit: bool = True
+        self, items: Sequence[GuardInput], digests: Sequence[bytes], *, is_answer: bool = False
     ) -> list[Verdict]:
         """Verdicts on ``items``, in their order; see ``Batcher.judge``."""
         found: list[Verdict | None] = [self._remembered(digest) for digest in digests]
@@ -69,7 +69,7 @@ class VerdictCache:
             else:
                 awaited.append((number, flight))
         if own:
-            verdicts = await self._judge(own, items, digests, admit)
+            verdicts = await self._judge(own, items, digests, is_answer)
             for number, verdict in zip(own, verdicts, strict=True):
                 found[number] = verdict
         for number, flight in awaited:
@@ -77,7 +77,7 @@ class VerdictCache:
             verdict = await asyncio.shield(flight)
             if verdict is None:
                 # Whoever had begun went away or failed.
-                (verdict,) = await self._batcher.judge([items[number]], admit=admit)
+                (verdict,) = await self._batcher.judge([items[number]], is_answer=is_answer)
                 self._remember(digests[number], verdict)
             found[number] = verdict
         return [verdict for verdict in found if verdict is not None]
@@ -87,11 +87,11 @@ class VerdictCache:
         numbers: Sequence[int],
         items: Sequence[GuardInput],
         digests: Sequence[bytes],
-        admit: bool,
+        is_answer: bool,
     ) -> list[Verdict]:
         verdicts: list[Verdict] = []
         try:
-            verdicts = await self._batcher.judge([items[n] for n in numbers], admit=admit)
+            verdicts = await self._batcher.judge([items[n] for n in numbers], is_answer=is_answer)
         finally:
             given: list[Verdict | None] = [*verdicts] or [None] * len(numbers)
             for number, verdict in zip(numbers, given, strict=True):

@@ -10,11 +10,11 @@ from numpy.random import Generator
 
 from models.guard import Guard
 from models.inputs import GuardInput
+from models.sentences import sentence_ends
 from training import scores
 from training.bootstrap import Counts, Figures, measured
 from training.judging import Progress, flags, unseen
 from training.scores import Booleans, Floats
-from training.sentences import sentence_ends
 
 ALONE = "alone"
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from models.guard import Guard
 from models.inputs import GuardInput
+from models.sentences import sentence_ends
 from training import scores
 from training.bootstrap import Counts, Figures, measured
 from training.judging import Progress, flags, unseen
 from training.labelled import Example
 from training.scores import Booleans, Floats
-from training.sentences import sentence_ends
 from training.split import normal
 
 GRACE: Final = 2

@@ -18,12 +18,12 @@ from typing import Any, Final
 from numpy.random import Generator
 from pydantic import BaseModel, ConfigDict, Field
 
+from models.sentences import sentence_ends
 from models.taxonomy import SIGNALS
 from training.documents import document
 from training.labelled import Example, PastTurn
 from training.mix import Row
 from training.obfuscation import OBFUSCATIONS
-from training.sentences import sentence_ends
 from training.signals import Signals
 
 _INJECTION: Final = SIGNALS.index("injection")

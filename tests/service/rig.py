@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,20 @@ class Rig:
         headers: dict[str, str] | None = None,
         **options: Any,
     ) -> Reply:
-        """A request of these bytes."""
+        """A request of these bytes; a stream is read to its end."""
+        reply = await self.begin(raw, dialect, headers, **options)
+        if reply.stream is None:
+            return reply
+        return replace(reply, body=b"".join([piece async for piece in reply.stream]), stream=None)
+
+    async def begin(
+        self,
+        raw: bytes,
+        dialect: Dialect = CHAT,
+        headers: dict[str, str] | None = None,
+        **options: Any,
+    ) -> Reply:
+        """The reply as it is when it begins."""
         incoming = Incoming("id1", dialect.path, raw, parse_object(raw), headers or {}, **options)
         return await self.runtime.gateway.handle(dialect, incoming)
 

@@ -331,10 +331,38 @@ class TestLimits:
             await entered(slow)
             asked.append(asyncio.create_task(batcher.judge([prompt("w1")])))
             await until(lambda: batcher.waiting == 1)
-            asked.append(asyncio.create_task(batcher.judge([prompt("w2")], admit=False)))
+            asked.append(asyncio.create_task(batcher.judge([prompt("w2")], is_answer=True)))
             await until(lambda: batcher.waiting == 2)
             slow.let_go()
             assert len(await asyncio.gather(*asked)) == 3
+
+    async def test_pieces_of_answers_go_before_prompts_that_came_earlier(
+        self, slow: SlowGuard
+    ) -> None:
+        async with running(slow, token_budget=256) as batcher:
+            asked = [asyncio.create_task(batcher.judge([prompt("w0")]))]
+            await entered(slow)
+            asked += [asyncio.create_task(batcher.judge([prompt("w1 " * 200)])) for _ in range(2)]
+            await until(lambda: batcher.waiting == 2)
+            piece = prompt("w2 " * 200)
+            asked.append(asyncio.create_task(batcher.judge([piece], is_answer=True)))
+            await until(lambda: batcher.waiting == 3)
+            slow.let_go()
+            await asyncio.gather(*asked)
+        assert [texts(slow, batch)[0][:2] for batch in slow.batches] == ["w0", "w2", "w1", "w1"]
+
+    async def test_a_long_answer_takes_turns_with_prompts(self, slow: SlowGuard) -> None:
+        async with running(slow, token_budget=256) as batcher:
+            asked = [asyncio.create_task(batcher.judge([prompt("w0")]))]
+            await entered(slow)
+            long = prompt("w2 " * 3000)
+            asked.append(asyncio.create_task(batcher.judge([long], is_answer=True)))
+            await until(lambda: batcher.waiting > 4)
+            asked.append(asyncio.create_task(batcher.judge([prompt("w1 " * 200)])))
+            slow.let_go()
+            await asyncio.gather(*asked)
+        firsts = [texts(slow, batch)[0][:2] for batch in slow.batches]
+        assert firsts[:3] == ["w0", "w2", "w1"]
 
     async def test_a_request_of_more_than_may_wait_is_judged_where_nothing_waits(self) -> None:
         async with running(WordGuard(), waiting_windows=1) as batcher:

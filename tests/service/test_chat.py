@@ -309,6 +309,14 @@ class TestRendering:
         assert (body["seed"], body["n"], body["temperature"]) == (5, 1, 1)
         assert exchange.body["messages"] == messages
 
+    def test_a_content_of_parts_is_rendered_as_a_stream_too(self) -> None:
+        exchange = parsed(user("q"), stream=True)
+        message = {"role": "assistant", "content": [{"type": "text", "text": "a"}]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        stream = CHAT.streamed(exchange, {"id": "x", "model": "m", "choices": [choice]})
+        (parsed_choice,) = CHAT.parse_stream(exchange, data_of(stream)).choices
+        assert parsed_choice.body["message"] == message
+
     @given(
         st.lists(
             st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),

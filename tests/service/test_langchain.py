@@ -105,7 +105,7 @@ def test_a_message_and_a_stream(
         assert isinstance(chunk, AIMessageChunk)
         whole += chunk
     assert whole.text == read
-    assert len(upstream.received) == 2 * len(answers)
+    assert len(upstream.received) >= 2 * len(answers)
 
 
 @pytest.mark.parametrize("prompt", [SAFE, GRAVE])

@@ -201,7 +201,7 @@ class TestChat:
             final = stream.get_final_completion()
         assert final.choices[0].message.content == read
         assert kinds[-1] == "content.done"
-        assert len(upstream.received) == 2 * len(answers)
+        assert len(upstream.received) >= 2 * len(answers)
 
     def test_a_parser_gets_what_is_safe(self, sdk: openai.OpenAI, upstream: FakeUpstream) -> None:
         upstream.answers = [text('{"sky":"blue"}')]

@@ -218,6 +218,14 @@ class TestRendering:
             event["type"] for event in events
         ]
 
+    def test_an_error_in_a_stream_is_an_event_of_its_own_type(self) -> None:
+        (data,) = data_of(DIALECT.error_event(UpstreamMalformed("it broke"), "id1"))
+        read = TypeAdapter[Any](ResponseStreamEvent).validate_python(json.loads(data))
+        assert (read.type, read.message) == ("error", "it broke")
+        assert DIALECT.error_event(UpstreamMalformed("it broke"), "id1").startswith(
+            b"event: error\n"
+        )
+
     @pytest.mark.parametrize("finish_reason", ["stop", "content_filter"])
     def test_a_client_reads_a_refusal(self, finish_reason: Any) -> None:
         exchange = parsed(stream=True)

@@ -46,8 +46,8 @@ def prompt(text: str, *context: str) -> GuardInput:
     return GuardInput("prompt", text, tuple(Turn("user", said) for said in context))
 
 
-async def judge(cache: VerdictCache, *items: GuardInput, admit: bool = True) -> list[Verdict]:
-    return await cache.judge(items, [digest(item) for item in items], admit=admit)
+async def judge(cache: VerdictCache, *items: GuardInput, is_answer: bool = False) -> list[Verdict]:
+    return await cache.judge(items, [digest(item) for item in items], is_answer=is_answer)
 
 
 def judged(guard: WordGuard) -> list[str]:
@@ -211,7 +211,7 @@ class TestFlights:
             await asyncio.sleep(0)
             with pytest.raises(Overloaded):
                 await judge(cache, prompt("w2"))
-            answer = asyncio.create_task(judge(cache, prompt("w2"), admit=False))
+            answer = asyncio.create_task(judge(cache, prompt("w2"), is_answer=True))
             await asyncio.sleep(0)
             slow.let_go()
             assert levels(await answer) == ["none"]
