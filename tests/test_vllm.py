@@ -484,8 +484,10 @@ def test_no_unsafe_text_is_streamed(path: str, regenerating: str) -> None:
     ends = set()
     for prompt in PROMPTS:
         text, end = streamed(regenerating, path, prompt)
-        assert not text or not is_unsafe(regenerating, prompt, text)
         ends.add(end)
+        # What was shown of one that was cut was cleared with what followed it, not as an end.
+        if text and end not in ("content_filter", "refusal"):
+            assert not is_unsafe(regenerating, prompt, text)
     assert ends <= {
         "stop", "length", "content_filter", "end_turn", "max_tokens", "refusal",
         "completed", "incomplete",
@@ -517,7 +519,10 @@ def streamed(url: str, path: str, prompt: str) -> tuple[str, str | None]:
                 ) as responses:
                     last = list(responses)[-1]
                 assert last.type in ("response.completed", "response.incomplete")
-                return last.response.output_text, last.response.status
+                details = last.response.incomplete_details
+                is_cut = details is not None and details.reason == "content_filter"
+                end = "content_filter" if is_cut else last.response.status
+                return last.response.output_text, end
     with (
         anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as claude,
         claude.messages.stream(

@@ -23,6 +23,7 @@ from training.epochs import Epochs, LabelledBatch
 from training.guard_recipe import GuardConfig, training_rows
 from training.losses import distilled
 from training.mix import Mix
+from training.recipe import RecipeError
 from training.targets import category_weights, label_matrix
 
 _STATE: Final = "state.safetensors"
@@ -50,6 +51,8 @@ def fit(config: GuardConfig, output: Path) -> Mix:
         lora_rank=config.lora_rank,
         gradient_checkpointing=config.gradient_checkpointing,
     )
+    if config.start is not None:
+        _begin_with(guard, config.start / checkpoint.NETWORK)
     network.freeze(guard, config.frozen_layers)
     is_head = {id(parameter) for parameter in guard.head.parameters()}
     trained = [parameter for parameter in guard.parameters() if parameter.requires_grad]
@@ -139,6 +142,16 @@ def base_tokenizer(base: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _begin_with(guard: GuardNetwork, path: Path) -> None:
+    try:
+        guard.load_state_dict(network.stored_parameters(path))
+    except (OSError, RuntimeError) as error:
+        raise RecipeError(
+            f"start: {path} is no network of this recipe's base without LoRA: give the output of an"
+            " earlier fit"
+        ) from error
 
 
 def _save_state(output: Path, guard: GuardNetwork, optimizer: Any, step: int) -> None:

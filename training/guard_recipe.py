@@ -60,6 +60,8 @@ class GuardConfig(BaseModel):
     """What that stage wrote."""
     teacher_weight: float = Field(default=0.5, ge=0, le=1)
 
+    start: Path | None = None
+    """What an earlier fit on the same base left: its network is where this one begins."""
     epochs: int = Field(default=2, ge=1)
     tokens_per_batch: int = Field(default=4096, ge=256)
     learning_rate: float = Field(default=1e-4, gt=0)

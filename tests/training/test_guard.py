@@ -22,6 +22,7 @@ from training.fitting import learning_rate_factor
 from training.guard_recipe import GuardConfig
 from training.labelled import Example
 from training.mix import Row
+from training.recipe import RecipeError
 from training.targets import category_weights, label_matrix
 
 # ONNX Runtime's quantiser, on an export without the shapes of all its tensors.
@@ -172,6 +173,23 @@ def test_a_stopped_run_goes_on_to_the_very_same_weights(
 
     assert (halved / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (halved / checkpoint.NETWORK).read_bytes() == (whole / checkpoint.NETWORK).read_bytes()
+
+
+def test_a_run_may_begin_where_another_ended(base: Path, made: Path, tmp_path: Path) -> None:
+    rates = {"learning_rate": 1e-9, "head_learning_rate": 1e-9}
+    recipe = config(base, tmp_path / "data", start=made, **rates)
+    fitting.fit(recipe, tmp_path / "out")
+    begun = network.stored_parameters(made / checkpoint.NETWORK)
+    ended = network.stored_parameters(tmp_path / "out" / checkpoint.NETWORK)
+    assert begun.keys() == ended.keys()
+    for name, value in begun.items():
+        torch.testing.assert_close(ended[name], value, atol=1e-3, rtol=0)
+
+
+def test_what_is_no_network_to_begin_with_is_named(base: Path, tmp_path: Path) -> None:
+    recipe = config(base, tmp_path / "data", start=tmp_path)
+    with pytest.raises(RecipeError, match=r"start: .* is no network of this recipe's base"):
+        fitting.fit(recipe, tmp_path / "out")
 
 
 class TestPieces:
