@@ -76,6 +76,9 @@ bench: $(VENV)/.dev $(VENV)-bench/.done
 	$(BIN)/python -m benchmarks.moderation
 	$(BIN)/python -m benchmarks.proxy
 	$(BIN)/python -m benchmarks.added
+	$(BIN)/python -m benchmarks.streams
+	$(BIN)/python -m benchmarks.streams_soak
+	$(BIN)/python -m benchmarks.fuzz_streams --streams 100000
 
 # A stamp is newer than what it was installed from; a second run installs nothing. The lists that
 # lack torch are otherwise whole: pip adds nothing to them (--no-deps), and checks after.
