@@ -37,11 +37,6 @@ class Held:
         self.size = 0
         """Bytes that wait."""
 
-    @property
-    def all_ended(self) -> bool:
-        """Whether every choice has ended at the upstream."""
-        return not self._open
-
     def add(self, event: Event, heard: Heard, flows: Mapping[int, Flow]) -> None:
         """Takes an event whose texts are in ``flows`` already."""
         self._open -= heard.ends
@@ -73,11 +68,6 @@ class Held:
         if all(one.is_after_all for one in self._waiting):
             while self._waiting:
                 yield self._pop()
-
-    def clear(self) -> None:
-        """Drops everything."""
-        self._waiting.clear()
-        self.size = 0
 
     def _pop(self) -> Waiting:
         first = self._waiting.popleft()
