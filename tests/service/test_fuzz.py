@@ -291,7 +291,8 @@ def mutated(draw: st.DrawFn, template: Any) -> bytes:
             case "drop":
                 del node[key]
             case "retype":
-                node[key] = draw(ANY)
+                # Some are drawn from a list of values, which must stay as they are.
+                node[key] = copy.deepcopy(draw(ANY))
             case "wrap":
                 node[key] = draw(st.sampled_from([[node[key]], {"content": node[key]}]))
             case "repeat" if isinstance(node, list):

@@ -76,7 +76,7 @@ def clients(server: Server) -> Clients:
 @pytest.fixture
 def upstream(server: Server) -> Streams:
     assert isinstance(server.upstream, Streams)
-    server.upstream.forget()
+    server.run(server.upstream.forget())
     return server.upstream
 
 

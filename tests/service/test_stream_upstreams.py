@@ -70,7 +70,7 @@ def server(start_server: StartServer) -> Server:
 @pytest.fixture
 def upstream(server: Server) -> Streams:
     assert isinstance(server.upstream, Streams)
-    server.upstream.forget()
+    server.run(server.upstream.forget())
     return server.upstream
 
 
@@ -255,7 +255,7 @@ def patient(start_server: StartServer) -> Server:
 def test_a_client_that_leaves_stops_the_upstream(patient: Server, wire: Wire, scene: str) -> None:
     fake = patient.upstream
     assert isinstance(fake, Streams)
-    fake.forget()
+    patient.run(fake.forget())
     answers = scenes(wire)[scene]
     fake.answers = [*answers]
     host, port = patient.url.removeprefix("http://").split(":")

@@ -55,8 +55,10 @@ class Streams(FakeUpstream):
         self.stalls = threading.Event()
         """Set while an answer says nothing any more."""
 
-    def forget(self) -> None:
-        """Begins anew: nothing was received."""
+    async def forget(self) -> None:
+        """Begins anew: nothing was received. On the server's own loop it comes behind all that an
+        earlier client still had to tell.
+        """
         self.received.clear()
         self.disconnected.clear()
         self.goes_on.clear()
