@@ -44,6 +44,7 @@ from benchmarks.fuzz_world import (
     VirtualLoop,
     pause,
 )
+from benchmarks.random_streams import Said
 from benchmarks.random_texts import MINOR, SEVERE
 from models.taxonomy import Severity
 from service.chat import ChatDialect
@@ -240,8 +241,19 @@ def _check_ending(
         # these dialects know none: the gateway may pass it, or end the stream without it.
         passed = ("ping",) if first.said[0][0] is None else ("ping", None)
         sent = [one for one in client.said if one[0] not in passed]
-        if sent != [one for one in first.said if one[0] not in passed]:
+        told = [one for one in first.said if one[0] not in passed]
+        if _by_choice(sent) != _by_choice(told):
             raise Violation("nothing was wrong, and yet the events are not the upstream's")
+
+
+def _by_choice(said: Sequence[Said]) -> dict[int, list[Said]]:
+    """The events that speak of each choice, in their order; under -1 those that speak of none."""
+    found: dict[int, list[Said]] = {}
+    for one in said:
+        value = json.loads(one[1]) if one[1].startswith("{") else {}
+        for choice in {item["index"] for item in value.get("choices", ())} or {-1}:
+            found.setdefault(choice, []).append(one)
+    return found
 
 
 # --- Many ---------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ are shown too, but on a busy machine they say more of the machine.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from rich.table import Table
 
 from benchmarks import measure
 from benchmarks.measure import Load, median
+from benchmarks.nginx import nginx
 
 GOAL: Final = 40
 """LiteLLM's CPU time over ours, at the least."""
@@ -110,10 +110,11 @@ async def _measure(
     )
     await measure.answers(process, upstream, "/v1/models", log)
     url = f"http://127.0.0.1:{upstream}"
+    behind_nginx = await nginx(stack, directory, upstream)
     targets = [
         await _sluicegate(stack, directory, url),
         await _litellm(stack, directory, litellm, url),
-        *await _nginx(stack, directory, upstream),
+        *([Target("nginx", *behind_nginx)] if behind_nginx else []),
         Target(_DIRECT, upstream, process.pid),
     ]
     requests = [_request(number) for number in range(_PROMPTS)]
@@ -176,38 +177,6 @@ async def _litellm(stack: ExitStack, directory: Path, command: Path, upstream: s
     )
     await measure.answers(process, port, "/health/liveliness", log)
     return Target("litellm", port, process.pid)
-
-
-async def _nginx(stack: ExitStack, directory: Path, upstream: int) -> list[Target]:
-    """One worker with kept connections; none where nginx is not installed."""
-    command = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if command is None:
-        return []
-    port, log = measure.free_port(), directory / "nginx.log"
-    config = directory / "nginx.conf"
-    config.write_text(
-        f"""
-daemon off; worker_processes 1; pid {directory}/nginx.pid; error_log {log};
-events {{ worker_connections 512; }}
-http {{
-  access_log off; client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxied;
-  fastcgi_temp_path {directory}/f; uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
-  keepalive_requests 1000000;
-  upstream model {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000; }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://model; proxy_http_version 1.1; proxy_set_header Connection "";
-    }}
-  }}
-}}
-"""
-    )
-    process = stack.enter_context(
-        measure.started([command, "-c", config, "-p", directory], log, core=measure.SERVICE_CORE)
-    )
-    await measure.answers(process, port, "/v1/models", log)
-    return [Target("nginx", port, process.pid)]
 
 
 def _request(number: int) -> bytes:

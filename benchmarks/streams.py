@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ import uvloop
 from rich.table import Table
 
 from benchmarks import measure
+from benchmarks.nginx import nginx
 from benchmarks.proxy import Target
 from benchmarks.streaming_load import (
     RATE,
@@ -145,39 +145,6 @@ async def service(stack: ExitStack, directory: Path, upstream: int, guard: Path 
     return Target("sluicegate", port, process.pid)
 
 
-async def _nginx(stack: ExitStack, directory: Path, upstream: int) -> Target | None:
-    """One worker that passes each read on at once; None where nginx is not installed."""
-    command = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if command is None:
-        return None
-    port, log = measure.free_port(), directory / "nginx.log"
-    config = directory / "nginx.conf"
-    config.write_text(
-        f"""
-daemon off; worker_processes 1; pid {directory}/nginx.pid; error_log {log};
-events {{ worker_connections 512; }}
-http {{
-  access_log off; client_body_temp_path {directory}/body; proxy_temp_path {directory}/proxied;
-  fastcgi_temp_path {directory}/f; uwsgi_temp_path {directory}/u; scgi_temp_path {directory}/s;
-  keepalive_requests 1000000;
-  upstream model {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 1000000; }}
-  server {{
-    listen 127.0.0.1:{port};
-    location / {{
-      proxy_pass http://model; proxy_http_version 1.1; proxy_set_header Connection "";
-      proxy_buffering off;
-    }}
-  }}
-}}
-"""
-    )
-    process = stack.enter_context(
-        measure.started([command, "-c", config, "-p", directory], log, core=measure.SERVICE_CORE)
-    )
-    await measure.answers(process, port, "/v1/models", log)
-    return Target("nginx", port, process.pid)
-
-
 # --- 1. CPU of a stream ------------------------------------------------------------------------
 async def _cpu(
     stack: ExitStack, directory: Path, options: argparse.Namespace, figures: dict[str, Any]
@@ -185,8 +152,8 @@ async def _cpu(
     tokens = _EVENTS - _EVENTS_BESIDE_TEXT
     talker = await talking(stack, lambda number: prose(tokens, number))
     ours = await service(stack, directory, talker.port, None)
-    nginx = await _nginx(stack, directory, talker.port)
-    targets = [ours, nginx] if nginx else [ours]
+    behind_nginx = await nginx(stack, directory, talker.port, buffers=False)
+    targets = [ours, *([Target("nginx", *behind_nginx)] if behind_nginx else [])]
     paces = {"one by one": 0.01, "at once": 0.0}
     rounds: dict[tuple[str, str], list[float]] = {}
     state: dict[str, list[float]] = {}
@@ -214,7 +181,7 @@ async def _cpu(
         valkey = measure.median(state[pace])
         row = {"microseconds": cpu, "valkey_microseconds": valkey}
         cells = ["–", "–", "–"]
-        if nginx:
+        if behind_nginx:
             theirs = measure.median(rounds["nginx", pace])
             row |= {"nginx_microseconds": theirs, "ratio": cpu / theirs}
             is_goal = pace == "one by one"

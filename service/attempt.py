@@ -59,6 +59,7 @@ class StreamedAttempt:
         self._held_bytes = held_bytes
         self._parser = sse.EventParser(max_event_bytes=HELD_BYTES)
         self._grown: set[int] = set()
+        self._ended: set[int] = set()
         self._room = asyncio.Event()
 
     # --- What comes -----------------------------------------------------------------------------
@@ -89,10 +90,14 @@ class StreamedAttempt:
         return sum(flow.position for flow in self.flows.values())
 
     def due(self, load: float) -> dict[int, int]:
-        """The choices that are worth judging now, and up to where."""
+        """The choices that are worth judging now, and up to where: those that have ended, and all
+        where no more can be held, to their end.
+        """
         ends = {}
-        for place in self._grown:
-            end = self.flows[place].due(load)
+        for place in self.flows if self.is_full else self._grown:
+            flow = self.flows[place]
+            is_over = self.is_full or place in self._ended
+            end = flow.tail() if is_over else flow.due(load)
             if end is not None:
                 ends[place] = end
         self._grown.clear()
@@ -117,6 +122,8 @@ class StreamedAttempt:
             self.flows[choice].add(name, track, text)
             self._grown.add(choice)
             characters += len(text)
+        self._grown |= heard.ends
+        self._ended |= heard.ends
         if self.passes:
             self._held.add(event, heard, self.flows)
         return characters

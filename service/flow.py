@@ -109,6 +109,13 @@ class Flow:
         self._offered = end
         return end
 
+    def tail(self) -> int | None:
+        """The position of its end, if that was not given by ``due``: nothing more comes for now."""
+        if self.position <= self._offered:
+            return None
+        self._offered = self.position
+        return self._offered
+
     def fields(self, end: int) -> tuple[Field, ...]:
         """What is to be judged to clear it up to ``end``."""
         return tuple(self._fields(end))

@@ -29,9 +29,12 @@ class Waiting(NamedTuple):
 
 
 class Held:
-    """The events of one attempt, in their order. Nothing overtakes what came before it."""
+    """The events of one attempt. Of a choice nothing overtakes what came before it; a choice that
+    waits holds no other up.
+    """
 
     def __init__(self, choices: frozenset[int]) -> None:
+        self._choices = choices
         self._waiting: deque[Waiting] = deque()
         self._open = set(choices)
         self.size = 0
@@ -50,18 +53,27 @@ class Held:
         self._waiting.append(Waiting(event, raw, heard.choices, needs, is_after_all))
         self.size += len(raw)
 
-    def ready(self, released: Mapping[int, int], dropped: frozenset[int]) -> Iterator[Waiting]:
+    def ready(self, released: Mapping[int, int], dropped: frozenset[int]) -> list[Waiting]:
         """Takes out what may go, of choices that were not dropped."""
-        while self._waiting:
-            first = self._waiting[0]
-            if first.is_after_all:
-                return
-            for choice, position in first.needs.items():
-                if choice not in dropped and released.get(choice, 0) < position:
-                    return
-            self._pop()
-            if not first.choices or not first.choices <= dropped:
-                yield first
+        ready: list[Waiting] = []
+        passed_over: list[Waiting] = []
+        blocked: set[int] = set()
+        while self._waiting and blocked < self._choices and not self._waiting[0].is_after_all:
+            one = self._pop()
+            if one.choices and one.choices <= dropped:
+                continue
+            waits = not blocked.isdisjoint(one.choices) if one.choices else bool(blocked)
+            if waits or any(
+                released.get(choice, 0) < position and choice not in dropped
+                for choice, position in one.needs.items()
+            ):
+                blocked |= one.choices - dropped
+                passed_over.append(one)
+            else:
+                ready.append(one)
+        self._waiting.extendleft(reversed(passed_over))
+        self.size += sum(len(one.raw) for one in passed_over)
+        return ready
 
     def rest(self) -> Iterator[Waiting]:
         """Takes out what ends the stream, once all before it is out; nothing where some is not."""

@@ -37,6 +37,7 @@ from service.verdict_cache import VerdictCache, keyed_digest
 _SPOOL_BYTES: Final = 64 * 2**20
 _WAITING_WINDOWS: Final = 64
 """With so many waiting for the guard, streams are judged in pieces of twice the size."""
+_MOST_LOAD: Final = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
             upstreams,
             keeper,
             most_streams=settings.streams,
-            load=lambda: 1.0 + batcher.waiting / _WAITING_WINDOWS,
+            load=lambda: min(1.0 + batcher.waiting / _WAITING_WINDOWS, _MOST_LOAD),
         )
         responses = ResponseStore(
             state,

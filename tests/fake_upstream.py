@@ -324,6 +324,8 @@ class FakeUpstream:
         response = web.StreamResponse(status=answer.status, headers=answer.headers)
         parts = [answer.body]
         response.content_type = answer.content_type
+        if answer.pause and answer.content_type == "text/event-stream":
+            parts = [one + b"\n\n" for one in answer.body.split(b"\n\n") if one]
         if answer.completion is not None:
             asked = received.json
             if asked.get("stream"):

@@ -106,9 +106,10 @@ def test_a_call_is_whole_or_cut_before_what_is_bad(seen: dict[str, Any]) -> None
 
 def test_of_three_choices_each_goes_its_own_way(seen: dict[str, Any]) -> None:
     found = seen["three"]
-    assert found["ends"] == ["stop", "stop", "stop"]
-    # Of the last nothing was sent before it was flagged: it waited behind the others.
-    assert found["texts"] == [LONG, LONG, REFUSAL]
+    assert found["ends"] == ["stop", "stop", "content_filter"]
+    assert found["texts"][:2] == [LONG, LONG]
+    assert LONG.startswith(found["texts"][2])
+    assert found["texts"][2]
     assert found["tokens"] > 0
 
 

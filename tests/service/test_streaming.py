@@ -97,28 +97,29 @@ class TestHold:
         ]  # fmt: skip
         assert BAD.encode() not in reply.body
 
-    async def test_a_choice_that_waits_behind_another_is_refused_and_not_cut(
-        self, rig: Rig
-    ) -> None:
-        # This upstream says one choice after the other: of the second nothing was sent yet.
+    async def test_of_three_choices_only_the_bad_one_is_cut(self, rig: Rig) -> None:
         rig.answers(text(LONG, f"{LONG}{GRAVE}. {LONG}", LONG, pause=0.001))
         reply = await rig.send(stream=True, n=3)
-        assert [said(reply.body, n) for n in range(3)] == [
-            (LONG, ["stop"]), (REFUSAL, ["stop"]), (LONG, ["stop"]),
-        ]  # fmt: skip
+        assert said(reply.body, 0) == (LONG, ["stop"])
+        shown, ends = said(reply.body, 1)
+        assert ends == ["content_filter"]
+        assert LONG.startswith(shown)
+        assert said(reply.body, 2) == (LONG, ["stop"])
 
     async def test_a_choice_that_is_cut_before_any_of_it_was_sent_is_refused(
         self, make_rig: MakeRig
     ) -> None:
-        """Some of it is cleared, but waits behind a choice that is too short to be judged yet."""
+        """It is cleared in part, in an event that also says what is too short to be judged yet."""
         texts = [(0, "a fine day"), (1, LONG), (1, GRAVE)]
         items: list[dict[str, Any]] = [{"index": n, "delta": {"content": one}} for n, one in texts]
         items += [{"index": n, "delta": {}, "finish_reason": "stop"} for n in range(2)]
-        events = [dumps({"id": "x", "choices": [item]}) for item in items]
+        chunks_of = [items[:2], *([item] for item in items[2:])]
+        events = [dumps({"id": "x", "choices": chunk}) for chunk in chunks_of]
         body = "".join(f"data: {event}\n\n" for event in (*events, "[DONE]"))
         # Of an answer that is there before the prompt's verdict, no piece is judged by itself.
         async with make_rig(Policy(stream=Stream(speculative=False))) as rig:
-            rig.answers(Answer(body=body.encode(), content_type="text/event-stream"))
+            kind = "text/event-stream"
+            rig.answers(Answer(body=body.encode(), content_type=kind, pause=0.2))
             reply = await rig.send(stream=True, n=2)
             assert said(reply.body, 0) == ("a fine day", ["stop"])
             assert said(reply.body, 1) == (REFUSAL, ["stop"])
@@ -194,6 +195,24 @@ class TestMonitor:
 
 
 class TestBounds:
+    @pytest.mark.parametrize("texts", [("short. ", LONG * 4), (LONG * 4, "short. ")])
+    async def test_a_choice_that_ended_holds_no_other_up(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch, texts: tuple[str, str]
+    ) -> None:
+        monkeypatch.setattr(streaming, "HELD_BYTES", 50_000)
+        rig.answers(text(*texts))
+        reply = await rig.send(stream=True, n=2)
+        assert [said(reply.body, n) for n in range(2)] == [(one, ["stop"]) for one in texts]
+
+    async def test_what_fills_all_room_is_judged_however_far_the_guard_is_behind(
+        self, rig: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streaming, "HELD_BYTES", 50_000)
+        monkeypatch.setattr(rig.runtime.gateway, "_load", lambda: 1000.0)
+        rig.answers(text(LONG * 4))
+        reply = await rig.send(stream=True)
+        assert said(reply.body) == (LONG * 4, ["stop"])
+
     async def test_more_streams_than_are_let_in_are_told_to_come_back(
         self, make_rig: MakeRig
     ) -> None:
