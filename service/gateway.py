@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Final
 
 from models.inputs import GuardInput
-from service.body import dumps
 from service.errors import (
     Overloaded,
     SluicegateError,
@@ -25,10 +23,8 @@ from service.exchange import (
     Dialect,
     Exchange,
     Field,
-    Retry,
 )
 from service.gate import (
-    ALL,
     Command,
     DeadlinePassed,
     End,
@@ -44,7 +40,6 @@ from service.gate import (
 from service.headers import response_headers
 from service.judgement import FieldJudge
 from service.ledger import Bookkeeper, Request
-from service.policy import Decision
 from service.replies import (
     EVENTS,
     Incoming,
@@ -56,11 +51,11 @@ from service.replies import (
     parse_answer,
     prompt_headers,
 )
+from service.retries import asked
 from service.routing import Route, Upstreams
 from service.streaming import StreamedExchange
 from service.upstream import UpstreamResponse
 
-_SEEDS: Final = 2**31
 _MOST_TOKEN_PROMPTS: Final = 64
 
 
@@ -128,7 +123,6 @@ class Gateway:
             incoming,
             exchange,
             progress,
-            retry_of,
             load=self._load,
             unjudged=self._keeper.metrics.released_before_verdict.inc,
         )
@@ -289,21 +283,16 @@ class Gateway:
         command: Generate,
         deadline: float,
     ) -> Generated | DeadlinePassed:
+        attempt = asked(dialect, exchange, incoming.raw, command)
+        numbers = attempt.choices
+        ask = self._ask(dialect, incoming, attempt.exchange, progress, attempt.body)
         if command.attempt == 1:
-            changed = dialect.forwarded(exchange)
-            body = incoming.raw if changed is None else dumps(changed).encode()
-            response, answer = await self._ask(dialect, incoming, exchange, progress, body)
+            response, answer = await ask
             numbers = tuple(choice.index for choice in answer.choices)
         else:
-            assert command.choices is not ALL
-            assert command.because is not None
-            numbers = command.choices
-            retry = retry_of(exchange, command.attempt, command.because, numbers)
-            exchange = replace(exchange, instruction=retry.instruction, asked_again=numbers)
-            body = dumps(dialect.retried(exchange, retry)).encode()
             try:
                 async with asyncio.timeout_at(deadline):
-                    response, answer = await self._ask(dialect, incoming, exchange, progress, body)
+                    response, answer = await ask
             except (TimeoutError, UpstreamError, NotOurs):
                 # What was generated so far stays refused: that is an answer, an error is not.
                 return DeadlinePassed()
@@ -357,28 +346,3 @@ class Gateway:
             else:
                 ledger.wasted_tokens += tokens
         ledger.prompt_tokens = progress.answers[0][1].prompt_tokens or None
-
-
-def instruction(because: Decision) -> str:
-    """What the model is told before it tries again: category and severity, never the harm."""
-    verdict = because.verdict
-    names = ", ".join(name.replace("_", " ") for name in verdict.categories[:3]) or "harm"
-    return (
-        f"A previous answer to this conversation was withheld, because it was judged to be of"
-        f" {verdict.level.label} severity ({names}). Answer again without anything of that kind:"
-        " give what help is safe, and where none is, say briefly that you cannot help with it."
-    )
-
-
-def retry_of(
-    exchange: Exchange, attempt: int, because: Decision, choices: tuple[int, ...]
-) -> Retry:
-    """How another attempt differs."""
-    return Retry(_seed(exchange, attempt), instruction(because), choices)
-
-
-def _seed(exchange: Exchange, attempt: int) -> int:
-    """Another seed for each attempt; reproducible where the client gave one."""
-    given = exchange.body.get("seed")
-    start = given if type(given) is int else secrets.randbelow(_SEEDS)
-    return (start + attempt - 1) % _SEEDS

@@ -10,14 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from dataclasses import replace
 from typing import Any, Final, Literal
 
 from service.attempt import HELD_BYTES, StreamedAttempt
-from service.body import dumps
 from service.errors import UpstreamError, UpstreamMalformed
 from service.examiner import Examiner
-from service.exchange import Answer, Choice, Dialect, Exchange, Field, Refusal, Retry
+from service.exchange import Answer, Choice, Dialect, Exchange, Field, Refusal
 from service.gate import (
     ALL,
     Command,
@@ -38,8 +36,8 @@ from service.gate import (
     ResponseJudged,
     Stop,
 )
-from service.policy import Decision
 from service.replies import Incoming, NotOurs, Progress, completion_tokens
+from service.retries import asked
 from service.upstream import UpstreamResponse
 
 KEEP_ALIVE_SECONDS: Final = 10.0
@@ -59,7 +57,6 @@ class StreamedExchange:
         incoming: Incoming,
         exchange: Exchange,
         progress: Progress,
-        retried: Callable[[Exchange, int, Decision, tuple[int, ...]], Retry],
         *,
         load: Callable[[], float] = lambda: 1.0,
         unjudged: Callable[[int], object] = lambda _: None,
@@ -74,7 +71,6 @@ class StreamedExchange:
         self._incoming = incoming
         self._exchange = exchange
         self._progress = progress
-        self._retried = retried
         self._load = load
         self._unjudged = unjudged
         self._attempt: StreamedAttempt | None = None
@@ -144,8 +140,8 @@ class StreamedExchange:
             case JudgePieces(ends):
                 self._judging = ends
                 self._judge("pieces", self._running().pieces(ends))
-            case Generate() as asked:
-                self._ask(asked)
+            case Generate() as generate:
+                self._ask(generate)
             case Stop():
                 await self._stop()
                 self._stopped = self._given_up()
@@ -166,31 +162,21 @@ class StreamedExchange:
                 return self._refused_unsent() + self._ended()
         return b""
 
-    def _ask(self, asked: Generate) -> None:
+    def _ask(self, command: Generate) -> None:
         """Begins an attempt."""
-        exchange, numbers = self._exchange, tuple(range(self._exchange.choices))
-        if asked.attempt == 1:
-            changed = self._dialect.forwarded(exchange)
-            body = self._incoming.raw if changed is None else dumps(changed).encode()
-        else:
-            assert asked.choices is not ALL
-            assert asked.because is not None
-            numbers = asked.choices
-            retry = self._retried(exchange, asked.attempt, asked.because, numbers)
-            exchange = replace(exchange, instruction=retry.instruction, asked_again=numbers)
-            body = dumps(self._dialect.retried(exchange, retry)).encode()
-        is_same = numbers == tuple(range(self._exchange.choices))
+        attempt = asked(self._dialect, self._exchange, self._incoming.raw, command)
+        is_same = attempt.choices == tuple(range(self._exchange.choices))
         self._attempt = StreamedAttempt(
             self._dialect,
-            exchange,
-            asked.attempt,
-            numbers,
+            attempt.exchange,
+            command.attempt,
+            attempt.choices,
             passes=is_same and self._shown is None,
             held_bytes=None if self._mode == "buffer" else HELD_BYTES,
             examine=self._examiner.admit_event,
         )
         self._attempts.append(self._attempt)
-        self._start("upstream", self._listen(self._attempt, body))
+        self._start("upstream", self._listen(self._attempt, attempt.body))
 
     async def _listen(self, attempt: StreamedAttempt, body: bytes) -> None:
         route, headers = self._progress.route, self._incoming.headers
