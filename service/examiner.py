@@ -92,7 +92,7 @@ class Examiner:
             for number, own in fields.items():
                 decision = self._judge.prevailing("response", [rest.popleft() for _ in own])
                 decisions[number] = tightened(decision) if tightens else decision
-        progress.decisions |= decisions
+        progress.decide(attempt, decisions)
         return decisions
 
     async def _judgements(

@@ -14,7 +14,7 @@ from service.exchange import Annotations, Answer, Choice, Dialect, Direction, Ex
 from service.gate import End, Gate, Outcome
 from service.headers import Headers, header, response_headers
 from service.ledger import Ledger
-from service.policy import Decision, RefusalText
+from service.policy import Decision, RefusalText, strongest
 from service.routing import Route
 from service.upstream import UpstreamResponse
 
@@ -63,7 +63,9 @@ class Progress:
     route: Route
     prompt: Decision | None = None
     decisions: dict[int, Decision | None] = field(default_factory=dict)
-    """The newest on each choice."""
+    """On each choice of its newest attempt, what prevails over all that was judged of it."""
+    decided: dict[int, int] = field(default_factory=dict)
+    """The attempt of each of these."""
     answers: list[tuple[UpstreamResponse, Answer]] = field(default_factory=list)
     choices: dict[int, Choice] = field(default_factory=dict)
     """The newest of each number."""
@@ -72,6 +74,14 @@ class Progress:
     released: tuple[int, ...] = ()
     refused: tuple[int, ...] | None = ()
     outcomes: dict[Direction, Outcome] = field(default_factory=dict)
+
+    def decide(self, attempt: int, decisions: Mapping[int, Decision | None]) -> None:
+        """Notes decisions on choices, or on pieces of them."""
+        for number, decision in decisions.items():
+            earlier = self.decisions.get(number) if self.decided.get(number) == attempt else None
+            known = [one for one in (earlier, decision) if one is not None]
+            self.decisions[number] = strongest(known) if known else None
+            self.decided[number] = attempt
 
 
 class NotOurs(Exception):

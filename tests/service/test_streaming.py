@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from models.taxonomy import Severity
 from service import streaming
 from service.body import dumps
 from service.errors import Overloaded, SluicegateError
-from service.policy import Policy, Stream
+from service.policy import Action, Policy, Rule, Stream
 from service.replies import Reply
 from tests.fake_upstream import Answer, Choice, Completion, pieces, text
 from tests.guards import BrokenGuard, SlowGuard
@@ -192,6 +193,24 @@ class TestMonitor:
             assert said(reply.body) == ("poison", ["stop"])
             assert rig.metric("bypasses_total", reason="guard_unavailable") == 1
             assert rig.metric("outcomes_total", direction="response", outcome="bypassed") == 1
+
+
+class TestVerdicts:
+    async def test_the_verdict_that_is_told_is_the_gravest_of_all_pieces(
+        self, make_rig: MakeRig
+    ) -> None:
+        rules = (Rule(severity=Severity.MINOR, action=Action.ANNOTATE), Rule(action=Action.ALLOW))
+        async with make_rig(Policy(rules=rules)) as rig:
+            rig.answers(text(f"First {BAD}. {LONG}", pause=0.001))
+            reply = await rig.send_raw(asked(), wants_azure=True)
+            told = [
+                choice["content_filter_results"]
+                for chunk in chunks(reply.body)
+                for choice in chunk["choices"]
+                if "content_filter_results" in choice
+            ]
+            levels = [one["severity"] for one in told[-1].values() if "severity" in one]
+            assert max(levels, key=("safe", "low", "medium", "high").index) == "low"
 
 
 class TestBounds:
