@@ -124,7 +124,7 @@ class ChunkReader(ABC):
                 self._usage_event = event
         heard = Heard(
             tuple(found.said),
-            frozenset([*(item["index"] for item in items), *(said.choice for said in found.said)]),
+            frozenset([_first(items), *(item["index"] for item in items)]),
             frozenset(item["index"] for item in items if item.get("finish_reason")),
             tuple(found.unscannable),
         )

@@ -109,7 +109,7 @@ class Reader:
                 continue
             if "token" in key and isinstance(value, list) and _holds_numbers(value):
                 scan.unscannable.append(self.where(key))
-            elif text := leaves(value):
+            if text := leaves(value):
                 texts.append(text)
         if texts:
             scan.add("other", self.path, "\n".join(texts))

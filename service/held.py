@@ -47,7 +47,7 @@ class Held:
             choice: WHOLE if choice in heard.ends else flows[choice].position
             for choice in heard.choices
         }
-        is_after_all = heard.is_last or (not heard.choices and not self._open)
+        is_after_all = heard.is_last or not (self._open or heard.ends)
         is_plain = is_one_line(event.raw) or _IS_PLAIN(event.raw)
         raw = event.raw if is_plain else encode(event.data, event.event)
         self._waiting.append(Waiting(event, raw, heard.choices, needs, is_after_all))

@@ -161,7 +161,7 @@ class TestHearing:
         for one, chunk in zip(heard, chunks, strict=False):
             assert one.choices == {item["index"] for item in chunk["choices"]}
         assert sorted(end for one in heard for end in one.ends) == list(range(count))
-        assert [one.choices for one in heard[-2:]] == [frozenset(), frozenset()]
+        assert [one.choices for one in heard[-2:]] == [frozenset({0}), frozenset()]
         assert [one.is_last for one in heard] == [False] * (len(heard) - 1) + [True]
 
     @pytest.mark.parametrize("name", ["stream", "stream_usage", "stream_n2", "stream_logprobs"])

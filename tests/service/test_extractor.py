@@ -95,6 +95,12 @@ def test_token_ids_under_an_unknown_key_cannot_be_scanned(
     assert rest(body).unscannable == unscannable
 
 
+def test_what_is_read_beside_token_ids_is_scanned_too() -> None:
+    scan = rest({"token": [0, "bad words"]})
+    assert scan.unscannable == ["token"]
+    assert [piece.text for piece in scan.pieces] == ["bad words"]
+
+
 def test_what_is_refused_is_named_by_its_place() -> None:
     reader, scan = Reader({"audio": {"data": "AAAA"}, "images": None}, "messages[0]"), Scan()
     reader.refuse(scan, ("audio", "images"))

@@ -25,9 +25,9 @@ class Waiting:
     def ends(self, name: str, choice: int) -> None:
         self._add(name, Heard((), frozenset({choice}), frozenset({choice})))
 
-    def tells(self, name: str) -> None:
-        """Of no choice."""
-        self._add(name, Heard())
+    def tells(self, name: str, *choices: int) -> None:
+        """Without a text."""
+        self._add(name, Heard((), frozenset(choices)))
 
     def ready(self, released: dict[int, int], dropped: frozenset[int] = NONE) -> list[str]:
         return [one.event.data for one in self.held.ready(released, dropped)]
@@ -68,17 +68,17 @@ def test_of_one_choice_nothing_overtakes() -> None:
 def test_what_is_of_no_choice_waits_for_all_before_it() -> None:
     waiting = Waiting()
     waiting.says("aa", 0)
-    waiting.tells("usage")
+    waiting.tells("ping")
     waiting.says("bb", 1)
     assert waiting.ready({1: WHOLE}) == ["bb"]
-    assert waiting.ready({0: WHOLE}) == ["aa", "usage"]
+    assert waiting.ready({0: WHOLE}) == ["aa", "ping"]
 
 
 def test_what_comes_behind_every_choice_is_for_the_end() -> None:
     waiting = Waiting()
     waiting.ends("end 0", 0)
     waiting.ends("end 1", 1)
-    waiting.tells("usage")
+    waiting.tells("usage", 0)
     assert waiting.rest() == []
     assert waiting.ready({0: WHOLE, 1: WHOLE}) == ["end 0", "end 1"]
     assert waiting.rest() == ["usage"]
