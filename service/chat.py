@@ -5,7 +5,7 @@ Reference: OpenAI API, "Create chat completion"; vLLM, ``chat_completion/protoco
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -224,7 +224,9 @@ def _message(value: Mapping[str, Any], path: str, scan: Scan) -> Message:
         allowed = ", ".join(SPEAKERS)
         raise BadRequest(f"{path}.role must be one of: {allowed}", param=f"{path}.role")
     field = _FIELD_OF_SPEAKER[speaker]
-    text = _content(reader.take("content"), reader.where("content"), scan)
+    # A model reads a prompt's parts on lines of their own; a client shows an answer's in one run.
+    between = "\n" if path.startswith("messages") else ""
+    text = _content(reader.take("content"), reader.where("content"), scan, between)
     scan.add(field, reader.where("content"), text)
     if reader.is_done:
         return Message(speaker, text, tuple(scan.pieces))
@@ -251,17 +253,14 @@ def _message(value: Mapping[str, Any], path: str, scan: Scan) -> Message:
     return Message(speaker, text, tuple(scan.pieces))
 
 
-def _content(content: Any, path: str, scan: Scan) -> str:
+def _content(content: Any, path: str, scan: Scan, between: str) -> str:
     """The text of a message's content: a string, null, or a list of parts."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
         raise BadRequest(f"{path} must be a string or a list of parts", param=path)
-    return "\n".join(_parts(content, path, scan))
-
-
-def _parts(content: Sequence[Any], path: str, scan: Scan) -> list[str]:
-    texts = []
+    texts: list[str] = []
+    beside: list[str] = []
     for number, part in enumerate(content):
         place = f"{path}[{number}]"
         if isinstance(part, str):
@@ -276,9 +275,10 @@ def _parts(content: Sequence[Any], path: str, scan: Scan) -> list[str]:
         key = "text" if kind in ("input_text", "output_text") else kind
         if not isinstance(part.get(key), str):
             raise BadRequest(f"{place}.{key} must be a string", param=f"{place}.{key}")
-        said = [part[key] for key in part if key != "type"]
-        texts.append(extractor.leaves([*said, *(k for k in part if not extractor.are_words(k))]))
-    return texts
+        texts.append(part[key])
+        beside += [extractor.leaves(part[name]) for name in part if name not in ("type", key)]
+        beside += [name for name in part if not extractor.are_words(name)]
+    return "\n".join([between.join(texts), *filter(None, beside)])
 
 
 def _call(call: Any, path: str, scan: Scan) -> str:

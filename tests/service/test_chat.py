@@ -27,8 +27,12 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str) -> dict[str, Any]:
-    return {"role": "assistant", "content": text}
+def assistant(content: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def text_part(text: str, **more: Any) -> dict[str, Any]:
+    return {"type": "text", "text": text, **more}
 
 
 def scanned(exchange: Exchange) -> list[tuple[str, str, str]]:
@@ -221,6 +225,20 @@ class TestAnswers:
             assert choice.body["finish_reason"] in ("stop", "length")
             assert choice.body["message"]["content"] == choice.fields[0].judged.text
         assert bool(answer.completion_tokens) == (name == "stream_usage")
+
+    def test_an_answer_of_parts_is_judged_in_one_run_as_a_client_shows_it(self) -> None:
+        parts = [text_part("bo"), text_part("mb ", note="a way")]
+        body = {"choices": [{"index": 0, "message": assistant(parts), "finish_reason": "stop"}]}
+        (choice,) = CHAT.parse_answer(self.EXCHANGE, body).choices
+        assert [field.judged.text for field in choice.fields] == ["bomb \na way"]
+
+    def test_parts_over_deltas_are_judged_in_one_run_too(self) -> None:
+        events = [
+            json.dumps({"choices": [{"index": 0, "delta": {"content": [text_part(text)]}}]})
+            for text in ("bo", "mb")
+        ]
+        (choice,) = CHAT.parse_stream(self.EXCHANGE, [*events, "[DONE]"]).choices
+        assert [field.judged.text for field in choice.fields] == ["bomb"]
 
     def test_tool_calls_split_over_deltas_are_joined_before_they_are_judged(self) -> None:
         deltas = [
