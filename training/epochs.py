@@ -38,24 +38,25 @@ class Epochs:
         known = {} if config.teacher_scores is None else teacher_scores.read(config.teacher_scores)
         self.rows = [row for row in training.rows if row.key in known or not row.needs_teacher]
         self._teacher = teacher_scores.probabilities([row.key for row in self.rows], known)
-        self._plans = [
-            epoch_batches(
+        passes = range(config.first_epoch, config.first_epoch + config.epochs)
+        self._plans = {
+            epoch: epoch_batches(
                 self._windows(self._views(epoch)), config.tokens_per_batch, config.seed + epoch
             )
-            for epoch in range(config.epochs)
-        ]
+            for epoch in passes
+        }
 
     @property
     def steps(self) -> int:
         """Over all epochs."""
-        return sum(map(len, self._plans))
+        return sum(map(len, self._plans.values()))
 
     def batches(
         self, done: int, process: int = 0, processes: int = 1
     ) -> Iterator[tuple[int, LabelledBatch]]:
         """Steps from ``done`` on with the rows that are this process's share of them."""
         step = 0
-        for epoch, plan in enumerate(self._plans):
+        for epoch, plan in self._plans.items():
             if step + len(plan) <= done:
                 step += len(plan)
                 continue

@@ -62,6 +62,8 @@ class GuardConfig(BaseModel):
 
     start: Path | None = None
     """What an earlier fit on the same base left: its network is where this one begins."""
+    first_epoch: int = Field(default=0, ge=0)
+    """How many passes that fit made: this one shows the rows in other views, in another order."""
     epochs: int = Field(default=2, ge=1)
     tokens_per_batch: int = Field(default=4096, ge=256)
     learning_rate: float = Field(default=1e-4, gt=0)

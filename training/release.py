@@ -96,9 +96,16 @@ def release(config: GuardConfig, mix: Mix, output: Path) -> dict[str, Any]:
         labels=config.labels,
         limits=config.limits,
         training=config.model_dump(
-            mode="json", exclude={"base", "data", "mixes", "teacher", "labels", "limits"}
+            mode="json",
+            exclude={
+                *("base", "data", "mixes", "labels", "limits"),
+                *("teacher", "teacher_scores", "start"),
+            },
         )
         | {
+            # Places on the machine that made it are nobody's business.
+            "is_distilled": config.teacher_scores is not None,
+            "is_continued": config.start is not None,
             "mixes": [one.name for one in config.mixes],
             "machine": f"{platform.machine()}, {platform.system()}",
         },

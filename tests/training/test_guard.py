@@ -18,8 +18,9 @@ from models.text_guard import TextGuard
 from tests.checkpoints import tiny_checkpoint
 from training import batches, fitting, guard
 from training.batches import LENGTH_STEP, epoch_batches
+from training.epochs import Epochs
 from training.fitting import learning_rate_factor
-from training.guard_recipe import GuardConfig
+from training.guard_recipe import GuardConfig, training_rows
 from training.labelled import Example
 from training.mix import Row
 from training.recipe import RecipeError
@@ -184,6 +185,22 @@ def test_a_run_may_begin_where_another_ended(base: Path, made: Path, tmp_path: P
     assert begun.keys() == ended.keys()
     for name, value in begun.items():
         torch.testing.assert_close(ended[name], value, atol=1e-3, rtol=0)
+
+
+def test_a_further_pass_shows_what_a_longer_run_would_have_shown(
+    base: Path, tmp_path: Path
+) -> None:
+    encoder = InputEncoder(fitting.base_tokenizer(str(base)))
+    recipe = config(base, tmp_path / "data", epochs=3)
+    longer = Epochs(recipe, training_rows(recipe), encoder)
+    further = Epochs(
+        recipe.model_copy(update={"epochs": 1, "first_epoch": 2}), training_rows(recipe), encoder
+    )
+    last = [batch for _, batch in longer.batches(longer.steps - further.steps)]
+    assert further.steps > 0
+    for (_, batch), expected in zip(further.batches(0), last, strict=True):
+        assert torch.equal(batch.batch.input_ids, expected.batch.input_ids)
+        torch.testing.assert_close(batch.targets, expected.targets, equal_nan=True)
 
 
 def test_what_is_no_network_to_begin_with_is_named(base: Path, tmp_path: Path) -> None:
