@@ -25,7 +25,7 @@ ONNX: Final = "guard.int8.onnx"
 NETWORK: Final = "model.safetensors"
 GOLDEN: Final = "golden.json"
 
-DEFAULT_GUARD: Final = Path(__file__).parent / "weights" / "sluicegate-text-22m-1"
+DEFAULT_GUARD: Final = Path(__file__).parent / "weights" / "sluicegate-text-22m-2"
 """The guard that ships with the project."""
 
 
