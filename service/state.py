@@ -13,26 +13,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis, RedisCluster
 from redis.commands.core import AsyncScript
-from redis.exceptions import (
-    AuthenticationError,
-    AuthenticationWrongNumberOfArgsError,
-    NoPermissionError,
-    RedisError,
-    ResponseError,
-)
+from redis.exceptions import ReadOnlyError, ResponseError
 
 from service.errors import ConfigurationError, StateUnavailable
 from service.private_valkey import PrivateValkey
+from service.state_client import (
+    FAILURES,
+    client_for,
+    for_good,
+    is_cluster,
+    masked,
+    writable_nodes,
+)
 
 PRIVATE_MEMORY_BYTES: Final = 256 * 2**20
 
@@ -47,12 +45,20 @@ class State:
         client: Redis,
         place: str,
         private: PrivateValkey | None,
+        *,
+        setting: str,
+        may_evict: bool,
+        connections: int,
         command_seconds: float,
         probe_seconds: float,
     ) -> None:
         self._client = client
         self._place = place
         self._private = private
+        self._setting = setting
+        self._may_evict = may_evict
+        # A cluster's client refuses, at once, who finds no free connection: here they wait.
+        self._turns = asyncio.Semaphore(connections) if is_cluster(client) else None
         self._command_seconds = command_seconds
         self._probe_seconds = probe_seconds
         self._usable = asyncio.Event()
@@ -67,6 +73,8 @@ class State:
         url: str | None,
         *,
         data_directory: Path,
+        setting: str = "state_url",
+        may_evict: bool = False,
         memory_bytes: int = PRIVATE_MEMORY_BYTES,
         connections: int = 16,
         connect_seconds: float = 1.0,
@@ -75,22 +83,37 @@ class State:
     ) -> State:
         """Connects to ``url``; None means a private Valkey in ``data_directory``.
 
+        ``setting`` is what messages call the URL. Only what ``may_evict`` accepts a server that
+        throws keys away when it is full.
+
         A connection opens, or comes free, within ``connect_seconds``; whatever is done inside
         ``connected`` ends within ``command_seconds``. A lost server is tried again every
         ``probe_seconds``. Raises ``ConfigurationError`` for what waiting will not mend.
         """
-        private, place = None, "the private Valkey" if url is None else _masked(url)
+        private, place = None, "the private Valkey" if url is None else masked(url)
         async with contextlib.AsyncExitStack() as undo:
             if url is None:
                 private = PrivateValkey(data_directory / "valkey", memory_bytes)
                 undo.push_async_callback(private.stop)
                 url = await private.start()
-            client = Redis.from_pool(_pool(url, connections, connect_seconds))
+            try:
+                client = client_for(url, connections=connections, connect_seconds=connect_seconds)
+            except ValueError as error:
+                raise ConfigurationError(f"{setting} {error}") from None
             undo.push_async_callback(client.aclose)
-            state = cls(client, place, private, command_seconds, probe_seconds)
+            state = cls(
+                client,
+                place,
+                private,
+                setting=setting,
+                may_evict=may_evict,
+                connections=connections,
+                command_seconds=command_seconds,
+                probe_seconds=probe_seconds,
+            )
             try:
                 await state._examine()
-            except (RedisError, OSError) as error:
+            except FAILURES as error:
                 state._lost(_reason(error))
             undo.pop_all()
         state._watcher = asyncio.create_task(state._watch())
@@ -107,8 +130,11 @@ class State:
 
     def dedicated(self) -> Redis:
         """A client with a connection of its own, to be used inside ``connected``: for who asks
-        often, since taking a connection from the pool costs more than using it.
+        often, since taking a connection from the pool costs more than using it. For a cluster,
+        whose keys lie on several servers, it is the common client.
         """
+        if self._turns is not None:
+            return self._client
         client = self._client.client()
         self._dedicated.append(client)
         return client
@@ -122,12 +148,19 @@ class State:
         if not self.available:
             raise StateUnavailable(f"state is unavailable: {self.problem}")
         try:
-            async with asyncio.timeout(self._command_seconds):
+            async with (
+                asyncio.timeout(self._command_seconds),
+                self._turns or contextlib.nullcontext(),
+            ):
                 yield self._client
+        except ReadOnlyError as error:
+            # The server was demoted: the name in the URL may lead to another by now.
+            await self._reconnect()
+            raise StateUnavailable(f"{self._place} takes no writes: {error}") from error
         except ResponseError as error:
             # It answers, but not with a yes: full, read-only, forbidden.
             raise StateUnavailable(f"{self._place} refused a command: {error}") from error
-        except (RedisError, OSError) as error:
+        except FAILURES as error:
             self._lost(_reason(error))
             raise StateUnavailable(f"state is unavailable: {self.problem}") from error
 
@@ -143,7 +176,7 @@ class State:
         self._usable.clear()
         self.problem = "the service is stopping"
         for client in (*self._dedicated, self._client):
-            with contextlib.suppress(RedisError, OSError):
+            with contextlib.suppress(*FAILURES):
                 await client.aclose()
         if self._private is not None:
             await self._private.stop()
@@ -154,6 +187,8 @@ class State:
             try:
                 if self._private is not None:
                     await self._private.start()
+                if self._turns is not None and not self.available:
+                    await self._forget_layout()
                 await self._examine()
             # Whatever it was, it is tried again: nothing else brings state back.
             except Exception as error:
@@ -163,41 +198,64 @@ class State:
         """One probe. On the way up it also asks whether the server is one that may be used."""
         try:
             async with asyncio.timeout(self._command_seconds):
-                await self._client.ping()
+                if self._turns is None:
+                    await self._client.ping()
+                else:
+                    await self._client.ping(target_nodes=RedisCluster.PRIMARIES)
                 if self.available:
                     return
-                await self._refuse_eviction()
-        except RedisError as error:
-            if reason := _for_good(error):
-                raise ConfigurationError(f"state_url {self._place}: {reason}") from error
+                if not self._may_evict:
+                    for node in writable_nodes(self._client):
+                        await self._refuse_eviction(node)
+        except FAILURES as error:
+            if reason := for_good(error):
+                raise ConfigurationError(f"{self._setting} {self._place}: {reason}") from error
             raise
         if self.problem is not None:
+            # Connections from before would fail whoever uses them first.
+            await self._reconnect()
             logger.warning("%s is available again", self._place)
         self.problem = None
         self._usable.set()
 
-    async def _refuse_eviction(self) -> None:
-        """Raises ``ConfigurationError`` where the server throws keys away when it is full.
+    async def _refuse_eviction(self, node: Mapping[str, Any]) -> None:
+        """Raises ``ConfigurationError`` where ``node`` throws keys away when it is full.
 
         ``volatile-*`` policies count too: they throw away what has an expiry. Without a memory
         limit no policy ever acts, so that is accepted.
         """
         settings: Mapping[str, Any] = {}
         with contextlib.suppress(ResponseError):
-            settings = await self._client.info("memory")
+            settings = await self._client.info("memory", **node)
         if "maxmemory_policy" not in settings:
             # An access list may forbid the one, and hosted servers often lack the other.
             with contextlib.suppress(ResponseError):
-                answer: dict[Any, Any] = await self._client.config_get("maxmemory*")
+                answer: dict[Any, Any] = await self._client.config_get("maxmemory*", **node)
                 settings = {str(key).replace("-", "_"): value for key, value in answer.items()}
         policy, limit = settings.get("maxmemory_policy"), settings.get("maxmemory")
         if policy is None:
             logger.warning("%s does not say whether it evicts: see that it does not", self._place)
         elif policy != "noeviction" and str(limit) != "0":
             raise ConfigurationError(
-                f"state_url {self._place}: its maxmemory-policy is {policy}, so it would throw"
-                " records away: set noeviction there, or use another server"
+                f"{self._setting} {self._place}: its maxmemory-policy is {policy}, so it would"
+                " throw records away: set noeviction there, or use another server"
             )
+
+    async def _reconnect(self) -> None:
+        """Drops idle connections and those of dedicated clients; the next use opens anew."""
+        with contextlib.suppress(*FAILURES):
+            for client in self._dedicated:
+                if client.connection is not None:
+                    await client.connection.disconnect(nowait=True)
+            if self._turns is None:
+                await self._client.connection_pool.disconnect(inuse_connections=False)
+
+    async def _forget_layout(self) -> None:
+        """Has a cluster's client ask anew where slots lie. By itself it does that after errors
+        alone, and a node that hangs makes none, though another may have taken its place.
+        """
+        with contextlib.suppress(*FAILURES):
+            await self._client.aclose()
 
     def _lost(self, reason: str) -> None:
         if self.problem is None:
@@ -206,58 +264,6 @@ class State:
         self._usable.clear()
 
 
-def _pool(url: str, connections: int, connect_seconds: float) -> BlockingConnectionPool:
-    try:
-        parts = urlsplit(url)
-        place = parts.path if parts.scheme == "unix" else parts.hostname
-        # redis-py takes a database that is not a number for database 0.
-        if not place or (parts.scheme != "unix" and not re.fullmatch(r"(/\d*)?", parts.path)):
-            raise ValueError("no host, path or database number")
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=connections,
-            timeout=connect_seconds,
-            socket_connect_timeout=connect_seconds,
-            # Commands have their deadline in `connected`. The library's own makes a task of every
-            # send, and on Python 3.11 loses cancellations on the way (asyncio.wait_for).
-            socket_timeout=None,
-            # RESP2 saves a handshake, and works through proxies that know no other.
-            protocol=2,
-            # One try: the caller has somewhere else to go, and waits while we try again.
-            retry=Retry(NoBackoff(), 0),
-        )
-        # Options that no connection has come to light only when one is made.
-        pool.connection_class(**pool.connection_kwargs)
-    except (ValueError, TypeError, RedisError):
-        raise ConfigurationError(
-            "state_url cannot be read: write redis://[user:password@]host[:port][/database],"
-            " rediss://… for TLS, or unix:///path, with special characters percent-encoded"
-        ) from None
-    return pool
-
-
-def _for_good(error: BaseException | None) -> str | None:
-    """Why waiting will not mend ``error``; None where it may.
-
-    On a unix socket redis-py wraps what the server said at login, hence the walk.
-    """
-    while error is not None:
-        if isinstance(error, AuthenticationError | AuthenticationWrongNumberOfArgsError):
-            return f"the server refused the user or password ({error}): correct them"
-        if isinstance(error, NoPermissionError):
-            return f"the server forbids a command that is needed ({error}): grant it"
-        # The plain class: its subclasses are moods of the server, such as a cluster in repair.
-        if type(error) is ResponseError:
-            return f"the server refused the connection ({error}): correct the URL"
-        error = error.__cause__
-    return None
-
-
 def _reason(error: Exception) -> str:
     """What ``error`` says; a deadline says nothing by itself."""
     return str(error) or "it did not answer in time"
-
-
-def _masked(url: str) -> str:
-    """``url`` without its password and options, for logs."""
-    return re.sub(r"^([^:]+://[^:@/]*):.*@", r"\1:***@", url.split("?", 1)[0])

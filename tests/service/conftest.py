@@ -15,12 +15,15 @@ import pytest
 import uvicorn
 import uvloop
 import yaml
+from redis.asyncio import Redis
 
 from models.guard import Guard
 from service.app import create_admin_app, create_app
+from service.private_valkey import PrivateValkey
 from service.runtime import Runtime, open_runtime
 from service.server import bind, by_port, server_config
 from service.settings import PREFIX, Settings
+from service.state import State
 from tests.fake_upstream import FakeUpstream
 from tests.guards import WordGuard
 from tests.service.rig import MakeRig, Rig, open_rig
@@ -35,6 +38,37 @@ _PATIENCE = 20.0
 def no_settings_of_the_developer() -> None:
     for name in [name for name in os.environ if name.startswith(PREFIX)]:
         del os.environ[name]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateValkey]:
+    """A Valkey for the tests of a file."""
+    valkey = PrivateValkey(tmp_path_factory.mktemp("server"), 64 * 2**20, stop_seconds=0.0)
+    yield valkey
+    asyncio.run(valkey.stop())
+
+
+@pytest.fixture
+async def server(shared: PrivateValkey) -> PrivateValkey:
+    """The same; it holds nothing and has counted nothing."""
+    async with Redis.from_url(await shared.start()) as redis:
+        await redis.flushall()
+        await redis.config_resetstat()
+    return shared
+
+
+@pytest.fixture
+async def url(server: PrivateValkey) -> str:
+    """Where it is."""
+    return await server.start()
+
+
+@pytest.fixture
+async def state(url: str, tmp_path: Path) -> AsyncIterator[State]:
+    """Connected to it, with patience for a busy machine."""
+    made = await State.open(url, data_directory=tmp_path, command_seconds=20.0)
+    yield made
+    await made.close()
 
 
 @dataclass

@@ -49,11 +49,13 @@ class TestOpen:
         assert not breaker.is_closed
         assert [breaker.remaining(now) for now in (100.0, 104.0, 109.5)] == [10.0, 6.0, 0.5]
 
-    def test_then_one_call_passes_as_a_trial_and_no_other(self) -> None:
+    def test_then_one_call_a_second_passes_as_a_trial(self) -> None:
         breaker = opened()
         assert breaker.remaining(SECONDS) == 0
         assert breaker.remaining(SECONDS) > 0
-        assert breaker.remaining(SECONDS + 1000) > 0
+        assert breaker.remaining(SECONDS + 0.5) == 0.5
+        assert breaker.remaining(SECONDS + 1) == 0
+        assert breaker.remaining(SECONDS + 1) > 0
         assert not breaker.is_closed
 
     def test_a_trial_that_succeeds_closes_it(self) -> None:

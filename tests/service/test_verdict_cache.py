@@ -13,7 +13,7 @@ from models.inputs import GuardInput, Speaker, Turn, Window
 from models.verdict import Verdict
 from service.batcher import Batcher
 from service.errors import GuardUnavailable, Overloaded
-from service.verdict_cache import VerdictCache, keyed_digest
+from service.verdict_cache import Found, Tier, VerdictCache, keyed_digest
 from tests.guards import BrokenGuard, SlowGuard, WordGuard
 
 digest = keyed_digest(b"key", "words-1")
@@ -33,11 +33,16 @@ class FailsOnce(SlowGuard):
 async def caching(
     guard: WordGuard, most: int = 100, seen: list[bool] | None = None, waiting: int = 10_000
 ) -> AsyncIterator[VerdictCache]:
+    def observe(tier: Tier, found: Found) -> None:
+        assert tier == "local"
+        if seen is not None:
+            seen.append(found == "hit")
+
     batcher = Batcher(guard, token_budget=4096, waiting_windows=waiting, tokens_per_request=100_000)
     batcher.start()
     try:
         async with asyncio.timeout(20):
-            yield VerdictCache(batcher, most, seen.append if seen is not None else lambda _: None)
+            yield VerdictCache(batcher, most, observe)
     finally:
         await batcher.close()
 
@@ -173,6 +178,21 @@ class TestFlights:
             assert first.cancelled()
             assert levels(await judge(cache, prompt("minor-drugs"))) == ["minor"]
         assert judged(slow) == ["minor-drugs"] * 2
+
+    async def test_of_many_who_waited_for_one_that_went_away_one_begins_anew(
+        self, slow: SlowGuard
+    ) -> None:
+        texts = [prompt("minor-drugs"), prompt("w1"), prompt("w2")]
+        async with caching(slow) as cache:
+            first = asyncio.create_task(judge(cache, *texts))
+            await entered(slow)
+            others = [asyncio.create_task(judge(cache, *texts)) for _ in range(5)]
+            await asyncio.sleep(0)
+            first.cancel()
+            slow.let_go()
+            for verdicts in await asyncio.gather(*others):
+                assert levels(verdicts) == ["minor", "none", "none"]
+        assert sorted(judged(slow)) == sorted(["minor-drugs", "w1", "w2"] * 2)
 
     async def test_a_second_caller_that_goes_away_does_not_fail_the_others(
         self, slow: SlowGuard
