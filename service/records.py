@@ -13,18 +13,20 @@ and by age.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from random import getrandbits
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from pydantic import TypeAdapter
+from pydantic import AllowInfNan, Field, TypeAdapter
 
-from models.taxonomy import Role
+from models.taxonomy import CATEGORIES, Role
+from models.verdict import OPERATING_POINT
 from service.errors import RecordNotKept, StateUnavailable
+from service.logs import named
 from service.spool import Spool
 from service.state import State
 
@@ -36,10 +38,11 @@ ENTRIES: Final = "sg1:{records}:entries"
 # KEYS: stream, entries. ARGV: most records, longest age in milliseconds, ids and data, each a line
 # of one argument: packing many arguments costs the client more than splitting costs the server.
 # It trims first, because deleting is allowed in a server that is full and adding is not; and no
-# more than it may add, so that one call stays short.
+# more than a few beyond what it adds, so that one call stays short. Returns how many were new, and
+# how many were trimmed.
 _STORE: Final = """
 local stream, entries = KEYS[1], KEYS[2]
-local new, arriving = {}, 0
+local new, arriving, trimmed = {}, 0, 0
 local lines = ARGV[4]:gmatch('[^\\n]+')
 for id in ARGV[3]:gmatch('[^\\n]+') do
   local data = lines()
@@ -57,18 +60,28 @@ if first and (over > 0 or tonumber(first[1]:match('^%d+')) < oldest) then
     if over <= 0 and tonumber(entry[1]:match('^%d+')) >= oldest then break end
     redis.call('XDEL', stream, entry[1])
     redis.call('HDEL', entries, entry[2][2])
-    over = over - 1
+    over, trimmed = over - 1, trimmed + 1
   end
 end
 for i = 1, arriving do
   local entry = redis.call('XADD', stream, '*', 'id', new[i], 'data', new[new[i]])
   redis.call('HSET', entries, new[i], entry)
 end
-return arriving
+return {arriving, trimmed}
 """
 
-_encode: Final = TypeAdapter(dict[str, Any]).dump_json
+_object: Final = TypeAdapter(dict[str, Any])
+_encode: Final = _object.dump_json
 """Compact JSON; three times as quick as the standard library's."""
+_parse: Final = _object.validate_json
+"""``ValueError`` where it is no JSON object, or nested too deeply."""
+
+_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Ids of records, here and in other versions."""
+
+Finite = Annotated[float, AllowInfNan(False)]
+Weight = Annotated[float, Field(ge=0.0, le=1e15)]
+"""What can be added up."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +96,7 @@ class Record:
     """What is remembered of one judged field of one exchange; never any of its text."""
 
     id: str = field(default_factory=new_id)
-    time: float
+    time: Finite
     """Seconds since 1970."""
     request_id: str
     key_id: str | None
@@ -91,7 +104,7 @@ class Record:
     route: str
     dialect: str
     model: str
-    """The model that the client named."""
+    """The model that the client named; what cannot be a name is not kept."""
     direction: Role
     field: str
     """Which part of the exchange was judged, such as ``messages[2].content``."""
@@ -101,11 +114,11 @@ class Record:
     """The guard's id, which holds its version."""
     level: str | None
     """Severity by name; this and the scores are None or empty where there was no verdict."""
-    severity_score: float | None
+    severity_score: Finite | None
     """0 to 1."""
-    category_scores: tuple[float, ...]
+    category_scores: tuple[Finite, ...]
     """In the order of ``taxonomy.CATEGORIES``, 0 to 1."""
-    signal_scores: tuple[float, ...]
+    signal_scores: tuple[Finite, ...]
     """In the order of ``taxonomy.SIGNALS``, 0 to 1."""
     rule: int | None
     """Index of the policy's rule that matched."""
@@ -118,17 +131,28 @@ class Record:
     response_tokens: int | None
     wasted_tokens: int
     """Generated and thrown away."""
-    guard_milliseconds: float
-    upstream_milliseconds: float
-    total_milliseconds: float
+    guard_milliseconds: Finite
+    upstream_milliseconds: Finite
+    total_milliseconds: Finite
     hash: str
     """Keyed hash of the judged text, in hexadecimal."""
-    weight: float
+    weight: Weight
     """How many exchanges this one stands for: 1 unless it passed and was drawn by sampling."""
+    subject: str | None = None
+    """Keyed hash of whom the client named as its user, in hexadecimal; see ``KeptTexts``."""
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Categories that fired, in the taxonomy's order."""
+        if self.level in (None, "none"):
+            return ()
+        scored = zip(CATEGORIES, self.category_scores, strict=False)
+        return tuple(name for name, score in scored if score >= OPERATING_POINT)
 
     def to_fields(self) -> dict[str, Any]:
         """JSON values by name; scores with four decimals, milliseconds with three."""
         values: dict[str, Any] = dict(zip(_NAMES, _values(self), strict=True))
+        values["model"] = named(self.model)
         if self.severity_score is not None:
             values["severity_score"] = round(self.severity_score, 4)
         for name in ("category_scores", "signal_scores"):
@@ -138,21 +162,20 @@ class Record:
         return values
 
     @classmethod
-    def from_fields(cls, values: Mapping[str, Any]) -> Record:
-        """The reverse of ``to_fields``. Keys of later versions are passed over.
+    def from_json(cls, data: bytes) -> Record:
+        """The reverse of ``to_fields``, from JSON. Keys of later versions are passed over.
 
-        Raises ``ValueError`` where a key is missing.
+        Raises ``ValueError`` where it is no record, or lacks what every version had.
         """
-        missing = [name for name in _NAMES if name not in values]
-        if missing:
-            raise ValueError(f"the record lacks {', '.join(missing)}")
-        known = {name: values[name] for name in _NAMES}
-        known["category_scores"] = tuple(known["category_scores"])
-        known["signal_scores"] = tuple(known["signal_scores"])
-        return cls(**known)
+        values = _parse(data)
+        # One that is made here makes its own.
+        if "id" not in values:
+            raise ValueError("a record lacks its id")
+        return _decode(values)
 
 
 _NAMES: Final = tuple(item.name for item in fields(Record))
+_decode: Final = TypeAdapter(Record).validate_python
 _values: Final = attrgetter(*_NAMES)
 
 
@@ -195,6 +218,7 @@ class Recorder:
         waiting_requests: int = 1024,
         group_records: int = 256,
         retry_seconds: float = 1.0,
+        expire_seconds: float = 60.0,
     ) -> None:
         self.counts = RecordCounts()
         self._state = state
@@ -204,6 +228,7 @@ class Recorder:
         self._bounds = (str(most_records), str(round(retention_seconds * 1000)))
         self._group_records = group_records
         self._retry_seconds = retry_seconds
+        self._expire_seconds = expire_seconds
         self._queue: asyncio.Queue[tuple[list[Entry], asyncio.Future[None]]] = asyncio.Queue(
             waiting_requests
         )
@@ -213,6 +238,7 @@ class Recorder:
             self._spooled.set()
         self._writer = asyncio.create_task(self._write_groups())
         self._drainer = asyncio.create_task(self._drain())
+        self._expirer = asyncio.create_task(self._expire_for_ever())
 
     async def write(self, records: Sequence[Record]) -> None:
         """Returns when the records are durable: in Redis, or synced in the spool.
@@ -236,15 +262,26 @@ class Recorder:
         """
         async with self._state.connected() as redis:
             entries: Any = await redis.xrevrange(STREAM, count=count)
-        return [Record.from_fields(json.loads(values[b"data"])) for _, values in entries]
+        return [Record.from_json(values[b"data"]) for _, values in entries]
+
+    @property
+    def spool_filled(self) -> float:
+        """How much of the room on the disk is taken, 0 to 1."""
+        return self._spool.filled
+
+    async def expire(self) -> None:
+        """Removes what is older than it may become. Writing does that too, while there is any."""
+        while await self._stored([]) != (0, 0):
+            pass
 
     async def close(self) -> None:
         """Writes what waits, and stops. The spool keeps what is in it for the next start."""
         self._closing = True
         await self._queue.join()
-        for task in (self._writer, self._drainer):
+        tasks = (self._writer, self._drainer, self._expirer)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(self._writer, self._drainer, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _write_groups(self) -> None:
         while True:
@@ -282,6 +319,12 @@ class Recorder:
             self._spooled.set()
 
     async def _store(self, entries: Sequence[Entry]) -> None:
+        added, _ = await self._stored(entries)
+        self.counts.stored += added
+        self.counts.duplicates += len(entries) - added
+
+    async def _stored(self, entries: Sequence[Entry]) -> tuple[int, int]:
+        """How many were new, and how many were trimmed."""
         ids = "\n".join([identity for identity, _ in entries])
         arguments: list[str | bytes] = [
             *self._bounds,
@@ -289,11 +332,13 @@ class Recorder:
             b"\n".join([data for _, data in entries]),
         ]
         async with self._state.connected():
-            added = await self._store_script([STREAM, ENTRIES], arguments, client=self._client)
-        self.counts.stored += added
-        self.counts.duplicates += len(entries) - added
+            added, trimmed = await self._store_script(
+                [STREAM, ENTRIES], arguments, client=self._client
+            )
+        return added, trimmed
 
     async def _drain(self) -> None:
+        problem = ""
         while True:
             await self._spooled.wait()
             await self._state.wait_available()
@@ -301,19 +346,43 @@ class Recorder:
                 sent = await self._spool.drain(self._store_lines)
             # Whatever it was, the spool keeps its lines and is tried again.
             except Exception as error:
-                logger.warning("the record spool cannot be sent yet: %s", error)
+                said = str(error) or type(error).__name__
+                # The same is not said every second for as long as it lasts.
+                if said != problem:
+                    logger.warning("the record spool cannot be sent yet: %s", said)
+                problem = said
                 await asyncio.sleep(self._retry_seconds)
                 continue
+            problem = ""
             logger.info("%d spooled records were sent", sent)
             if not self._spool.lines:
                 self._spooled.clear()
 
+    async def _expire_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(self._expire_seconds)
+            await self._state.wait_available()
+            # Whatever it was, it is tried again.
+            try:
+                await self.expire()
+            except Exception as error:
+                logger.warning("old records cannot be removed yet: %s", error)
+
     async def _store_lines(self, lines: Sequence[bytes]) -> None:
         entries: list[Entry] = []
         for line in lines:
-            try:
-                entries.append((json.loads(line)["id"], line))
-            except (ValueError, KeyError, TypeError):
+            if (identity := _id_of(line)) is None:
                 self.counts.unreadable += 1
+            else:
+                entries.append((identity, line))
         if entries:
             await self._store(entries)
+
+
+def _id_of(line: bytes) -> str | None:
+    """The id in a record's JSON, or None where it is none."""
+    try:
+        identity = _parse(line).get("id")
+    except ValueError:
+        return None
+    return identity if isinstance(identity, str) and _ID.fullmatch(identity) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from service.errors import ConfigurationError, RecordNotKept
 
 CHUNK_BYTES: Final = 256 * 1024
 """About how much is read, and sent, at once."""
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Waiter = tuple[bytes, int, asyncio.Future[None]]
@@ -41,10 +44,6 @@ class Spool:
         self._waiting_bytes = 0
         self._flusher: asyncio.Task[None] | None = None
         self._draining = asyncio.Lock()
-        self.torn = file.torn
-        """Half lines that a crash left and ``open`` dropped: 0 or 1."""
-        self.refused = 0
-        """Lines refused because the spool was full or the disk failed."""
 
     @classmethod
     async def open(cls, path: Path, max_bytes: int, *, deadline_seconds: float = 5.0) -> Spool:
@@ -62,6 +61,8 @@ class Spool:
             else:
                 reason = f"cannot be used: {error.strerror}"
             raise ConfigurationError(f"spool: {path} {reason}") from error
+        if file.is_torn:
+            logger.warning("%s ended in half a line, as a crash leaves it: it is dropped", path)
         return cls(file, worker, max_bytes, deadline_seconds)
 
     @property
@@ -74,19 +75,17 @@ class Spool:
         """Bytes on the disk and on their way to it."""
         return self._file.size + self._waiting_bytes
 
+    @property
+    def filled(self) -> float:
+        """How much of what it may hold, 0 to 1."""
+        return self.size_bytes / self._max_bytes
+
     async def append(self, lines: Sequence[bytes]) -> None:
         """Returns when the lines are on the disk; lines that wait together share one sync.
 
         Raises ``RecordNotKept`` where the spool is full, the disk fails, or it takes longer than
         the deadline (then the lines may still arrive).
         """
-        try:
-            await self._append(lines)
-        except RecordNotKept:
-            self.refused += len(lines)
-            raise
-
-    async def _append(self, lines: Sequence[bytes]) -> None:
         blob = b"".join(line + b"\n" for line in lines)
         if self.size_bytes + len(blob) > self._max_bytes:
             raise RecordNotKept(
@@ -168,7 +167,7 @@ class _File:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.lines, self.size = self._scan()
             self._sent = 0
-            self.torn = int(os.fstat(self._fd).st_size > self.size)
+            self.is_torn = os.fstat(self._fd).st_size > self.size
             _sync_directory(path.parent)
         except BaseException:
             os.close(self._fd)

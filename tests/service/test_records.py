@@ -4,14 +4,13 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
 from models.taxonomy import CATEGORIES, SIGNALS
 from service.errors import RecordNotKept, StateUnavailable
@@ -49,6 +48,9 @@ RECORD = Record(
     weight=1.0,
 )
 
+_PATIENCE = 30.0
+"""Seconds after which a test that would hang fails."""
+
 
 def records(count: int) -> list[Record]:
     return [replace(RECORD, id=f"{number:032x}", time=float(number)) for number in range(count)]
@@ -59,22 +61,6 @@ class Running:
     state: State
     spool: Spool
     recorder: Recorder
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateValkey]:
-    valkey = PrivateValkey(tmp_path_factory.mktemp("server"), 64 * 2**20, stop_seconds=0.0)
-    yield valkey
-    asyncio.run(valkey.stop())
-
-
-@pytest.fixture
-async def server(shared: PrivateValkey) -> PrivateValkey:
-    """A server that holds nothing and has counted nothing."""
-    async with Redis.from_url(await shared.start()) as redis:
-        await redis.flushall()
-        await redis.config_resetstat()
-    return shared
 
 
 @pytest.fixture
@@ -89,8 +75,8 @@ async def running(
     state = await State.open(
         url,
         data_directory=spool_path.parent,
-        connect_seconds=0.5,
-        command_seconds=0.5,
+        connect_seconds=5.0,
+        command_seconds=5.0,
         probe_seconds=0.05,
     )
     spool = await Spool.open(spool_path, spool_bytes)
@@ -104,7 +90,7 @@ async def running(
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(_PATIENCE):
         # What is waited for has no event of its own.
         while not condition():  # noqa: ASYNC110 - the server has no event
             await asyncio.sleep(0.001)
@@ -134,7 +120,7 @@ async def stored(service: Running) -> list[str]:
 
 
 def test_a_record_is_json_and_back() -> None:
-    text = json.dumps(RECORD.to_fields())
+    text = json.dumps(RECORD.to_fields()).encode()
 
     rounded = replace(
         RECORD,
@@ -142,7 +128,7 @@ def test_a_record_is_json_and_back() -> None:
         category_scores=tuple(0.9877 for _ in CATEGORIES),
         guard_milliseconds=1.235,
     )
-    assert Record.from_fields(json.loads(text)) == rounded
+    assert Record.from_json(text) == rounded
 
 
 def test_a_record_without_a_verdict_is_json_and_back() -> None:
@@ -156,7 +142,7 @@ def test_a_record_without_a_verdict_is_json_and_back() -> None:
         guard_milliseconds=0.0,
     )
 
-    assert Record.from_fields(record.to_fields()) == record
+    assert Record.from_json(json.dumps(record.to_fields()).encode()) == record
 
 
 def test_ids_differ_unless_they_are_given() -> None:
@@ -165,13 +151,49 @@ def test_ids_differ_unless_they_are_given() -> None:
     assert Record(**values).id != Record(**values).id
 
 
-def test_keys_of_a_later_version_are_passed_over_and_missing_ones_named() -> None:
-    fields = RECORD.to_fields()
+def test_keys_of_a_later_version_are_passed_over_and_one_of_a_former_may_lack() -> None:
+    fields = RECORD.to_fields() | {"later": 1}
+    del fields["subject"]
 
-    assert Record.from_fields({**fields, "later": 1}).id == RECORD.id
-    del fields["hash"]
-    with pytest.raises(ValueError, match="lacks hash"):
-        Record.from_fields(fields)
+    assert Record.from_json(json.dumps(fields).encode()).id == RECORD.id
+
+
+@pytest.mark.parametrize("name", ["id", "hash", "weight"])
+def test_what_lacks_a_key_of_every_version_is_no_record(name: str) -> None:
+    fields = RECORD.to_fields()
+    del fields[name]
+
+    with pytest.raises(ValueError, match=r"\w"):
+        Record.from_json(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": float("nan")},
+        {"weight": 1e300},
+        {"weight": "much"},
+        {"severity_score": float("inf")},
+        {"level": ["severe"]},
+        {"route": 5},
+        {"category_scores": ["high"]},
+        {"direction": "sideways"},
+    ],
+)
+def test_values_that_nobody_could_reckon_with_are_no_record(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        Record.from_json(json.dumps(RECORD.to_fields() | change).encode())
+
+
+def test_json_that_is_nested_without_end_is_no_record() -> None:
+    with pytest.raises(ValueError, match=r"\w"):
+        Record.from_json(b"[" * 100_000)
+
+
+@pytest.mark.parametrize("text", ["how do I hide a body", "\n", "x" * 200, "\u4f60\u597d", ""])
+def test_a_text_in_the_place_of_a_models_name_is_not_kept(text: str) -> None:
+    assert replace(RECORD, model=text).to_fields()["model"] == "(no name)"
+    assert replace(RECORD, model="org/a-model:7b@q4").to_fields()["model"] == "org/a-model:7b@q4"
 
 
 async def test_what_was_written_comes_back_newest_first(
@@ -293,13 +315,14 @@ async def test_a_spooled_line_that_is_no_record_is_dropped_and_counted(
     server: PrivateValkey, spool_path: Path
 ) -> None:
     good = json.dumps(RECORD.to_fields()).encode()
-    write(spool_path, b"\0\0\0\n[1]\n{}\n" + good + b"\n")
+    bad = [b"\0\0\0", b"[1]", b"{}", b'{"id": 5}', b'{"id": ""}', b'{"id": "a\\nb"}', b"[" * 10_000]
+    write(spool_path, b"\n".join([*bad, good, b""]))
 
     async with running(await server.start(), spool_path) as service:
         await drained(service)
 
         assert await stored(service) == [RECORD.id]
-        assert service.recorder.counts.unreadable == 3
+        assert service.recorder.counts.unreadable == len(bad)
 
 
 async def test_the_writer_is_told_when_neither_can_take_a_record(
@@ -309,7 +332,9 @@ async def test_the_writer_is_told_when_neither_can_take_a_record(
     await kill(server)
 
     async with running(url, spool_path, spool_bytes=1500) as service:
+        assert service.recorder.spool_filled == 0.0
         await service.recorder.write(records(1))
+        assert 0.5 < service.recorder.spool_filled < 1.0
         with pytest.raises(RecordNotKept, match="full"):
             await service.recorder.write(records(3)[1:])
 
@@ -355,6 +380,22 @@ async def test_only_so_long_are_records_kept(server: PrivateValkey, spool_path: 
         assert await stored(service) == [second.id]
         async with service.state.connected() as redis:
             assert await redis.hkeys(ENTRIES) == [second.id.encode()]
+
+
+async def test_without_traffic_old_records_go_too(server: PrivateValkey, spool_path: Path) -> None:
+    url = await server.start()
+    async with running(url, spool_path) as service:
+        await service.recorder.write(records(50))
+        await asyncio.sleep(0.01)
+
+    async with (
+        running(url, spool_path, retention_seconds=0.001, expire_seconds=0.01) as service,
+        service.state.connected() as redis,
+    ):
+        async with asyncio.timeout(_PATIENCE):
+            # The server has no event.
+            while await redis.xlen(STREAM) or await redis.hlen(ENTRIES):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_a_caller_that_went_away_leaves_its_record(
