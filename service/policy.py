@@ -67,6 +67,8 @@ class Rule(_Part):
     direction: Literal["prompt", "response", "any"] = "any"
     categories: Annotated[Literal["any"] | tuple[str, ...], BeforeValidator(_categories)] = "any"
     severity: Annotated[Severity, BeforeValidator(_severity)] = Severity.NONE
+    review: bool = False
+    """Whether somebody should look at what it matches, beside the action."""
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Rule:
@@ -130,9 +132,10 @@ class RefusalText(_Part):
 
 
 class Recording(_Part):
-    """What is remembered of an exchange. Scores always; text is not kept in this release."""
+    """What is remembered of an exchange. Scores always; of its texts the gravest of each side."""
 
-    text: Literal["none"] = "none"
+    text: Literal["none", "redacted", "full"] = "none"
+    """Whether the text is kept, apart from the scores, and without what names people."""
     sample_passed: float = Field(default=1.0, gt=0, le=1)
     """Share of exchanges where nothing was flagged that leave a record."""
 
@@ -150,6 +153,8 @@ class Policy(_Part):
 
     version: Literal[1] = 1
     id: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    revision: int = Field(default=1, ge=1)
+    """Which edition of it this is; a store that policies are published to numbers them."""
     rules: tuple[Rule, ...] = _DEFAULT_RULES
     stream: Stream = Stream()
     context: Literal["latest_turn", "all"] = "latest_turn"
@@ -161,6 +166,11 @@ class Policy(_Part):
     regenerate: Regenerate = Regenerate()
     refusal: RefusalText = RefusalText()
     record: Recording = Recording()
+
+    @property
+    def label(self) -> str:
+        """``id@revision``, for records and metrics."""
+        return f"{self.id}@{self.revision}"
 
     @model_validator(mode="after")
     def _ends(self) -> Policy:
@@ -182,13 +192,15 @@ class Decision:
     action: Action
     rule: int
     verdict: Verdict
+    review: bool = False
+    """Whether that rule asks for somebody to look at it."""
 
 
 def decide(policy: Policy, direction: Direction, verdict: Verdict) -> Decision:
     """The action of the first rule that matches."""
     for number, rule in enumerate(policy.rules):
         if rule.matches(direction, verdict):
-            return Decision(rule.action, number, verdict)
+            return Decision(rule.action, number, verdict, rule.review)
     raise AssertionError("the last rule of a policy matches everything")
 
 
@@ -212,21 +224,28 @@ def read_policy(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ConfigurationError(f"policy {path} cannot be read: {reason}") from error
+    return parse_policy(text, f"policy {path}")
+
+
+def parse_policy(text: str, source: str = "the policy") -> Policy:
+    """The policy in a text; ``ConfigurationError`` names ``source``, the line, the key and the
+    fault.
+    """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
-    # YAML gives a plain ValueError for a date that there is not.
-    except (yaml.YAMLError, ValueError) as error:
+    # YAML gives a plain ValueError for a date that there is not, and goes down by recursion.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(f"policy {path}{place}: not YAML") from error
+        raise ConfigurationError(f"{source}{place}: not YAML") from error
     if not isinstance(values, dict):
-        raise ConfigurationError(f"policy {path}: expected a mapping with version, id and rules")
+        raise ConfigurationError(f"{source}: expected a mapping with version, id and rules")
     if twice := _key_given_twice(node):
         line, key = twice
-        raise ConfigurationError(f"policy {path}, line {line}: key {key} stands twice")
+        raise ConfigurationError(f"{source}, line {line}: key {key} stands twice")
     if missing := [key for key in ("version", "id", "rules") if key not in values]:
-        raise ConfigurationError(f"policy {path}: key {missing[0]} is missing")
+        raise ConfigurationError(f"{source}: key {missing[0]} is missing")
     try:
         return Policy.model_validate(values)
     except ValidationError as error:
@@ -237,7 +256,7 @@ def read_policy(path: Path) -> Policy:
         if first["type"] == "extra_forbidden":
             keys, message = [*loc], "there is no such key"
         name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
-        place = f"policy {path}, line {_line(node, keys)}" + (name and f": {name.lstrip('.')}")
+        place = f"{source}, line {_line(node, keys)}" + (name and f": {name.lstrip('.')}")
         raise ConfigurationError(f"{place}: {message}") from None
 
 
@@ -251,8 +270,14 @@ _WORDS: Final = frozenset(
 def _key_given_twice(node: yaml.Node | None) -> tuple[int, str] | None:
     """Line and name of a key that its mapping holds already: YAML would keep the later one."""
     stack = [node]
+    visited = set()
     while stack:
-        match stack.pop():
+        part = stack.pop()
+        # An alias stands for a node that was met before; it may even hold itself.
+        if id(part) in visited:
+            continue
+        visited.add(id(part))
+        match part:
             case yaml.MappingNode(value=pairs):
                 seen = set()
                 for key, value in pairs:

@@ -98,6 +98,25 @@ class TestMatching:
         assert decide(made, "prompt", verdict(SEVERE, "drugs")).action is ANNOTATE
         assert decide(made, "prompt", verdict(SEVERE, "violence")).action is BLOCK
 
+    def test_a_rule_may_ask_for_review_beside_any_action(self) -> None:
+        made = policy(
+            {"action": "block", "severity": "severe", "review": True},
+            {"action": "annotate", "severity": "minor"},
+            {"action": "allow", "direction": "response", "review": True},
+        )
+        asked = [
+            decide(made, "prompt", verdict(SEVERE)),
+            decide(made, "prompt", verdict(MINOR)),
+            decide(made, "response", verdict(NONE)),
+            decide(made, "prompt", verdict(NONE)),
+        ]
+        assert [(one.action, one.review) for one in asked] == [
+            (BLOCK, True),
+            (ANNOTATE, False),
+            (ALLOW, True),
+            (ALLOW, False),
+        ]
+
     @settings(deadline=None)
     @given(
         st.sampled_from(["prompt", "response"]),
@@ -178,7 +197,7 @@ class TestFile:
             ("rounds: 2", "rounds: two", 13, "regenerate.rounds"),
             ("ladder: [instruct]", "ladder: [pray]", 13, "regenerate.ladder"),
             ("sample_passed: 0.1", "sample_passed: 0", 17, "record.sample_passed"),
-            ("text: none", "text: full", 17, "record.text"),
+            ("text: none", "text: some", 17, "record.text"),
             ("action: block", "action: explode", 8, "'explode'"),
             ("action: block", "action: steer", 8, "not in this release"),
             ("action: block", "action: 3", 8, "rules[0].action"),
@@ -187,6 +206,7 @@ class TestFile:
             ("severity: minor, ", "severity: 1, ", 8, "rules[0].severity"),
             ("severity: minor, ", "severity: none, ", 8, "minor"),
             ("severity: minor, ", "serverity: minor, ", 8, "serverity"),
+            ("severity: minor, ", "severity: minor, review: maybe, ", 8, "rules[0].review"),
             ("[violence, drugs]", "[violance]", 8, "'violance'"),
             ("[violence, drugs]", "violence", 8, "[violence]"),
             ("[violence, drugs]", "[]", 8, "categories"),
