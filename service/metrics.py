@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Final
+from typing import Final, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -13,16 +13,26 @@ from prometheus_client.registry import Collector
 from models.taxonomy import Severity
 from models.verdict import Verdict
 from service.batcher import Batcher
+from service.callers import Refusal
+from service.event_index import EventIndex
 from service.exchange import Direction
+from service.gate import Outcome
+from service.kept_texts import KeptTexts
+from service.policies import Policies
+from service.rate_limits import RateLimits
 from service.records import Recorder
+from service.reviews import Reviews
 from service.routing import Upstreams
 from service.state import State
+from service.stored_policies import StoredPolicies
 
 _OVERHEAD_BUCKETS: Final = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5,
 )  # fmt: skip
 _UPSTREAM_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60)
 _BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+_BYPASSES: Final = ("guard_unavailable", "unscannable", "open_route")
+_ROUNDS: Final = ("rescued", "refused", "exhausted")
 
 
 class Metrics:
@@ -82,6 +92,12 @@ class Metrics:
             ["upstream", "result"],
             registry=registry,
         )
+        self.refused_requests = Counter(
+            "sluicegate_refused_requests_total",
+            "Requests refused before they were read, by why.",
+            ["reason"],
+            registry=registry,
+        )
         self.guard_seconds = Histogram(
             "sluicegate_guard_seconds",
             "Time for the verdicts of one direction, queue included.",
@@ -126,6 +142,7 @@ class Metrics:
         self._guard_seconds = cache(self.guard_seconds.labels)
         self._cached = cache(self.cache_requests.labels)
         self._upstream_request = cache(self.upstream_requests.labels)
+        self._show_zeros()
 
     def watch(
         self, batcher: Batcher, state: State, recorder: Recorder, upstreams: Upstreams
@@ -133,9 +150,42 @@ class Metrics:
         """Shows what these parts count themselves, as it stands when it is asked for."""
         self.registry.register(_Watched(batcher, state, recorder, upstreams))
 
-    def cached(self, is_hit: bool) -> None:
+    def watch_shelf(self, texts: KeptTexts, index: EventIndex) -> None:
+        """The same of what is kept beside records."""
+        self.registry.register(_Shelf(texts, index))
+
+    def watch_desk(self, reviews: Reviews, policies: Policies) -> None:
+        """The same of what people decide and publish."""
+        self.registry.register(_Desk(reviews, policies))
+
+    def watch_limits(self, limits: RateLimits) -> None:
+        """The same of what API keys may send."""
+        self.registry.register(_Limits(limits))
+
+    def built(self, version: str, guard: str, policy: str) -> None:
+        """This is what runs, from now on."""
+        self.build.clear()
+        self.build.labels(version, guard, policy).set(1)
+
+    def _show_zeros(self) -> None:
+        """Shows at 0 what has few labels: Prometheus sees a first event as a rise only then."""
+        for reason in _BYPASSES:
+            self.bypasses.labels(reason)
+        for result in _ROUNDS:
+            self.rounds.labels(result)
+        for refusal in get_args(Refusal):
+            self.refused_requests.labels(refusal)
+        for direction in get_args(Direction):
+            for outcome in get_args(Outcome):
+                self.outcomes.labels(direction, outcome)
+
+    def cached(self, tier: str, result: str) -> None:
         """A verdict was looked up."""
-        self._cached("local", "hit" if is_hit else "miss").inc()
+        self._cached(tier, result).inc()
+
+    def refused(self, reason: Refusal) -> None:
+        """A request was refused before it was read."""
+        self.refused_requests.labels(reason).inc()
 
     def upstream_answered(self, upstream: str, is_answered: bool) -> None:
         """An upstream was called."""
@@ -206,3 +256,91 @@ class _Watched(Collector):
         for result in ("stored", "spooled", "duplicates", "unreadable", "lost"):
             records.add_metric([result], getattr(counts, result))
         yield records
+        yield GaugeMetricFamily(
+            "sluicegate_spool_filled_ratio",
+            "How much of the room for records on the disk is taken.",
+            self._recorder.spool_filled,
+        )
+
+
+class _Shelf(Collector):
+    """Figures of kept texts and of the records' indexes."""
+
+    def __init__(self, texts: KeptTexts, index: EventIndex) -> None:
+        self._texts = texts
+        self._index = index
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """One family each."""
+        texts = CounterMetricFamily(
+            "sluicegate_kept_texts",
+            "Texts that a policy keeps, by whether they could be kept.",
+            labels=["result"],
+        )
+        for result in ("kept", "missed"):
+            texts.add_metric([result], getattr(self._texts.counts, result))
+        yield texts
+        indexed = CounterMetricFamily(
+            "sluicegate_indexed_records",
+            "Records indexed and counted by the hour here; unreadable ones are in no index.",
+            labels=["result"],
+        )
+        for result in ("indexed", "unreadable"):
+            indexed.add_metric([result], getattr(self._index.counts, result))
+        yield indexed
+
+
+class _Desk(Collector):
+    """Figures of reviews and of published policies."""
+
+    def __init__(self, reviews: Reviews, policies: Policies) -> None:
+        self._reviews = reviews
+        self._policies = policies
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """One family each."""
+        counts = self._reviews.counts
+        decisions = CounterMetricFamily(
+            "sluicegate_review_decisions",
+            "Reviews decided here, by whether the guard was right.",
+            labels=["outcome"],
+        )
+        for outcome in ("confirmed", "overturned"):
+            decisions.add_metric([outcome], getattr(counts, outcome))
+        yield decisions
+        reviews = CounterMetricFamily(
+            "sluicegate_reviews",
+            "Records to be reviewed, by what became of them.",
+            labels=["result"],
+        )
+        for result in ("added", "missed", "dropped"):
+            reviews.add_metric([result], getattr(counts, result))
+        yield reviews
+        if isinstance(self._policies, StoredPolicies):
+            reloads = CounterMetricFamily(
+                "sluicegate_policy_reloads",
+                "Published policies, by whether they could be obeyed here.",
+                labels=["result"],
+            )
+            for result in ("swapped", "unreadable"):
+                reloads.add_metric([result], getattr(self._policies.counts, result))
+            yield reloads
+
+
+class _Limits(Collector):
+    """Figures of rate limits."""
+
+    def __init__(self, limits: RateLimits) -> None:
+        self._limits = limits
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """One family."""
+        counts = self._limits.counts
+        checks = CounterMetricFamily(
+            "sluicegate_rate_limit_checks",
+            "Requests held against a limit, by where they were counted: local while Redis is away.",
+            labels=["counted"],
+        )
+        for counted in ("shared", "local"):
+            checks.add_metric([counted], getattr(counts, counted))
+        yield checks

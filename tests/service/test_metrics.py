@@ -2,13 +2,20 @@
 
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.taxonomy import CATEGORIES
+from service.audit import Audit
+from service.callers import Refusal
+from service.event_index import EventIndex
+from service.kept_texts import KeptTexts
 from service.metrics import Metrics
+from service.state import State
 from tests.guards import BrokenGuard, WordGuard
 from tests.service.conftest import Server, StartServer
 from tests.service.test_policy import MINOR, NONE, SEVERE, verdict
@@ -75,12 +82,23 @@ def test_they_follow_prometheus_conventions(families: dict[str, Metric]) -> None
 def test_every_label_is_one_of_a_fixed_set(families: dict[str, Metric]) -> None:
     allowed = {
         "direction": {"prompt", "response"},
-        "outcome": {"allowed", "annotated", "regenerated", "blocked", "bypassed", "error"},
+        "outcome": {
+            *("allowed", "annotated", "regenerated", "blocked", "bypassed", "error"),
+            *("confirmed", "overturned"),
+        },
         "category": {*CATEGORIES, "uncategorised"},
         "severity": {"minor", "moderate", "severe"},
         "route": {"/v1/moderations", "/v1/guard", "/v1/chat/completions"},
         "status": {"200", "400", "503"},
-        "result": {"stored", "spooled", "duplicates", "unreadable", "lost", "hit", "miss"},
+        "counted": {"shared", "local"},
+        "result": {
+            *("stored", "spooled", "duplicates", "unreadable", "lost"),
+            *("hit", "miss", "error"),
+            *("rescued", "refused", "exhausted"),
+            *("added", "missed", "dropped"),
+            *("kept", "indexed"),
+        },
+        "reason": {"guard_unavailable", "unscannable", "open_route", *get_args(Refusal)},
         "tier": {"local"},
         "version": {version("sluicegate")},
         "guard": {"words-1"},
@@ -114,6 +132,26 @@ def test_what_happened_is_counted(server: Server) -> None:
     assert server.sample("records_total", result="lost") == 0
 
 
+def test_what_has_few_labels_is_shown_before_its_first_event(metrics: Metrics) -> None:
+    shown = [
+        (sample.name, *sample.labels.values(), sample.value)
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.labels and sample.name.endswith("_total")
+    ]
+    for reason in ("guard_unavailable", "unscannable", "open_route"):
+        assert ("sluicegate_bypasses_total", reason, 0) in shown
+    for result in ("rescued", "refused", "exhausted"):
+        assert ("sluicegate_rounds_total", result, 0) in shown
+    for reason in ("missing", "invalid", "rate"):
+        assert ("sluicegate_refused_requests_total", reason, 0) in shown
+    for direction in ("prompt", "response"):
+        for outcome in ("allowed", "annotated", "regenerated", "blocked", "bypassed", "error"):
+            assert ("sluicegate_outcomes_total", direction, outcome, 0) in shown
+    # As many series as there are labels that clients can bring about, and no more.
+    assert len(shown) == 3 + 3 + len(get_args(Refusal)) + 12
+
+
 @pytest.fixture
 def metrics() -> Metrics:
     return Metrics(CollectorRegistry())
@@ -139,6 +177,23 @@ def test_a_safe_text_is_not_flagged(metrics: Metrics) -> None:
     metrics.verdict("prompt", verdict(NONE, "drugs"), "blocked")
     (family,) = (one for one in metrics.registry.collect() if one.name == "sluicegate_flagged")
     assert not family.samples
+
+
+async def test_texts_that_are_missed_and_records_that_are_indexed_are_counted(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    state = await State.open("redis://127.0.0.1:1", data_directory=tmp_path)
+    try:
+        texts, index = KeptTexts(state, Audit(state)), EventIndex(state)
+        metrics.watch_shelf(texts, index)
+        await texts.keep("1", "text", "full")
+        index.counts.indexed = 3
+    finally:
+        await state.close()
+
+    sample = metrics.registry.get_sample_value
+    assert sample("sluicegate_kept_texts_total", {"result": "missed"}) == 1
+    assert sample("sluicegate_indexed_records_total", {"result": "indexed"}) == 3
 
 
 def test_two_services_in_one_process_count_apart() -> None:
