@@ -47,12 +47,14 @@ from benchmarks.fuzz_world import (
 from benchmarks.random_streams import Said
 from benchmarks.random_texts import MINOR, SEVERE
 from models.taxonomy import Severity
+from service.caller import Caller
 from service.chat import ChatDialect
 from service.completions import CompletionsDialect
 from service.errors import SluicegateError
 from service.exchange import Dialect
 from service.gateway import Gateway
 from service.judgement import FieldJudge
+from service.kept_texts import KeptTexts
 from service.ledger import Bookkeeper
 from service.messages import MessagesDialect
 from service.metrics import Metrics
@@ -61,6 +63,7 @@ from service.records import Record, Recorder
 from service.replies import Incoming
 from service.responses import ResponsesDialect
 from service.routing import Route, Upstreams
+from service.tracing import Tracer
 from service.verdict_cache import VerdictCache
 
 Mode = Literal["hold", "buffer"]
@@ -140,16 +143,18 @@ async def _run(draw: random.Random, mode: Mode) -> Outcome:
     guard = MarkerGuard(draw, stops)
     upstream = ScriptedUpstream(dialect, draw)
     judge = FieldJudge(
-        cast(VerdictCache, guard), lambda _: b"", policy, deadline=GUARD_SECONDS, most_fields=1000
+        cast(VerdictCache, guard), lambda _: b"", deadline=GUARD_SECONDS, most_fields=1000
     )
-    keeper = Bookkeeper(_metrics(), cast(Recorder, _NoRecorder()), policy, "fuzz")
+    # The drawn policies keep no text, so that there is no need of a place for it.
+    texts = cast(KeptTexts, None)
+    keeper = Bookkeeper(_metrics(), cast(Recorder, _NoRecorder()), "fuzz", Tracer(), texts)
     upstreams = Upstreams([cast(Route, upstream)])
     load = draw.choice((1.0, 1.0, 3.0))
     gateway = Gateway(judge, upstreams, keeper, most_streams=9, load=lambda: load)
     is_bad = draw.random() < 0.05
     body = _asked(dialect, draw, f"a question {SEVERE}" if is_bad else "a question")
     raw = json.dumps(body).encode()
-    incoming = Incoming("id1", dialect.path, raw, body, {})
+    incoming = Incoming("id1", dialect.path, raw, body, {}, Caller(policy))
     leaves_after = draw.randrange(6) if draw.random() < 0.04 else None
     client = Client(dialect, upstream, guard, policy.refusal.text)
     ending = ""
