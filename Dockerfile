@@ -13,8 +13,8 @@ FROM python:3.11-slim-bookworm
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin sluicegate \
     && install --directory --owner=10001 --group=10001 --mode=0750 /data
 COPY --from=build /venv /venv
-# A container is reached from outside itself, so it listens on every address. The service refuses
-# that without keys, unless whoever runs it sets SLUICEGATE_ALLOW_UNAUTHENTICATED=true.
+# A container is reached from outside itself, so it listens on every address. The service asks
+# for API keys there, unless whoever runs it sets SLUICEGATE_ALLOW_UNAUTHENTICATED=true.
 # ONNX Runtime reports its use to its maker unless it is told not to.
 ENV PATH=/venv/bin:$PATH \
     ORT_DISABLE_TELEMETRY=1 \

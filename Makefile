@@ -22,21 +22,22 @@ IMAGE ?= sluicegate:0.1.0
 HELM_PYTHON ?= python3.12
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint test-oldest test-vllm test-node test-helm image test-image bench constraints clean
+.PHONY: help serve test lint test-oldest test-vllm test-node test-prometheus test-helm image test-image bench constraints clean
 
 help:
-	@echo "serve        start the service on 127.0.0.1:8080"
-	@echo "test         run the tests"
-	@echo "lint         check style and types"
-	@echo "test-oldest  run the tests on the oldest supported dependencies, vLLM's end"
-	@echo "test-vllm    drive the proxy before a real vLLM"
-	@echo "test-node    drive the service with an SDK for Node"
-	@echo "test-helm    render the chart with Helm's engine (HELM_PYTHON=python3.12)"
-	@echo "image        build the container image"
-	@echo "test-image   build the image and run it, as root"
-	@echo "bench        measure, and print tables"
-	@echo "constraints  renew the pinned dependencies"
-	@echo "clean        remove what this file made"
+	@echo "serve            start the service on 127.0.0.1:8080"
+	@echo "test             run the tests"
+	@echo "lint             check style and types"
+	@echo "test-oldest      run the tests on the oldest supported dependencies, vLLM's end"
+	@echo "test-vllm        drive the proxy before a real vLLM"
+	@echo "test-node        drive the service with an SDK for Node"
+	@echo "test-prometheus  check dashboards and alerts with Prometheus and Grafana's schema"
+	@echo "test-helm        render the chart with Helm's engine (HELM_PYTHON=python3.12)"
+	@echo "image            build the container image"
+	@echo "test-image       build the image and run it, as root"
+	@echo "bench            measure, and print tables"
+	@echo "constraints      renew the pinned dependencies"
+	@echo "clean            remove what this file made"
 
 serve: $(VENV)/.base
 	$(BIN)/sluicegate serve
@@ -60,6 +61,14 @@ test-node: $(VENV)/.dev tests/node/node_modules
 
 tests/node/node_modules: tests/node/package-lock.json
 	npm ci --prefix tests/node
+	touch $@
+
+# Needs prometheus, promtool and prometheus-alertmanager, as Debian names them.
+test-prometheus: $(VENV)/.dev tests/grafana/node_modules
+	$(BIN)/pytest -m prometheus tests/test_dashboards.py
+
+tests/grafana/node_modules: tests/grafana/package-lock.json
+	npm ci --prefix tests/grafana
 	touch $@
 
 test-helm: $(VENV)/.dev $(VENV)-helm/.dev
@@ -130,14 +139,14 @@ COMPILE_VLLM := UV_CUSTOM_COMPILE_COMMAND="make constraints" $(BIN)/uv pip compi
 
 constraints: $(VENV)/.dev
 	$(COMPILE) --python-version 3.11 --no-emit-package torch \
-		--extra train --extra report --extra dev \
+		--extra train --extra report --extra tracing --extra dev \
 		-o constraints/dev.txt $(PROJECT) constraints/torch.in
 	$(COMPILE) --python-version 3.11 -c constraints/dev.txt -o constraints/serve.txt $(PROJECT)
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --resolution lowest-direct \
 		--python-platform x86_64-manylinux_2_28 --no-emit-package torch \
-		--extra vllm --extra train --extra report --extra dev -o $(RANGE) $(PROJECT)
+		--extra vllm --extra train --extra report --extra tracing --extra dev -o $(RANGE) $(PROJECT)
 	$(COMPILE) --python-version 3.11 --no-emit-package torch --resolution lowest-direct \
-		--extra train --extra report --extra dev -c $(RANGE) \
+		--extra train --extra report --extra tracing --extra dev -c $(RANGE) \
 		-o constraints/oldest.txt $(PROJECT) constraints/torch.in
 	$(COMPILE) --python-version 3.12 -o constraints/helm.txt constraints/helm.in
 	$(COMPILE) --python-version 3.11 -o constraints/bench.txt constraints/bench.in

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -21,6 +21,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from models.text_guard import TextGuard
     from models.verdict import Verdict
+    from service.settings import Settings
 
 app = typer.Typer(
     help="Guardrail for language models: moderates text, guards a chat, trains its guards.",
@@ -33,15 +34,24 @@ train_app = typer.Typer(
 )
 policy_app = typer.Typer(help="Work with policy files.", no_args_is_help=True)
 upstream_app = typer.Typer(help="Get a model to guard.", no_args_is_help=True)
+keys_app = typer.Typer(help="Make and end API keys.", no_args_is_help=True)
+labels_app = typer.Typer(help="Get at what reviewers said.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 app.add_typer(train_app, name="train")
 app.add_typer(policy_app, name="policy")
 app.add_typer(upstream_app, name="upstream")
+app.add_typer(keys_app, name="keys")
+app.add_typer(labels_app, name="labels")
 
 T = TypeVar("T")
 GuardOption = Annotated[
     Path | None, typer.Option("--guard", help="Checkpoint directory; the shipped guard if unset.")
 ]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="YAML file of settings.")]
+StateOption = Annotated[
+    str | None, typer.Option("--state-url", help="Redis; private Valkey if unset.")
+]
+DataOption = Annotated[Path | None, typer.Option("--data-directory", help="Where state lives.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON in place of a table.")]
 
 
@@ -68,12 +78,10 @@ def serve(
     import uvloop
 
     from service.errors import ConfigurationError
+    from service.logs import configure
     from service.server import serve as run
     from service.settings import load
 
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     flags: dict[str, Any] = {
         "host": host,
         "port": port,
@@ -86,7 +94,9 @@ def serve(
     }
     try:
         # uvicorn chooses the loop only where it makes it.
-        uvloop.run(run(load(config, flags)))
+        settings = load(config, flags)
+        configure(settings.log_format)
+        uvloop.run(run(settings))
     except ConfigurationError as error:
         _refuse(error)
 
@@ -252,6 +262,30 @@ def policy_check(file: Annotated[Path, typer.Argument(help="Policy file.")]) -> 
     print(f"{file}: policy {policy.id}, {len(policy.rules)} rules, is valid")
 
 
+@policy_app.command("publish")
+def policy_publish(
+    file: Annotated[Path, typer.Argument(help="Policy file.")],
+    note: Annotated[str, typer.Option(help="Why, for those who read its history.")] = "",
+    replaces: Annotated[
+        int | None,
+        typer.Option(min=0, help="Revision that must be in force; 0: none. Any if unset."),
+    ] = None,
+    config: ConfigOption = None,
+    state_url: StateOption = None,
+    data_directory: DataOption = None,
+) -> None:
+    """Put a policy into force where policy_source is store; all replicas have it in a second."""
+    from service import policy_command
+
+    _on_state(
+        lambda settings: policy_command.publish(settings, file, note, replaces),
+        config,
+        state_url,
+        data_directory,
+        lambda label: print(f"{label} is in force"),
+    )
+
+
 @upstream_app.command("demo")
 def upstream_demo(
     output: Annotated[Path | None, typer.Option(help="Directory to make.")] = None,
@@ -264,6 +298,162 @@ def upstream_demo(
     try:
         print(demo.convert_smollm2(target))
     except demo.ConversionError as error:
+        _refuse(error)
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="What people call it.")],
+    role: Annotated[
+        list[str],
+        typer.Option(help="caller, viewer, reviewer, publisher or admin; repeatable."),
+    ],
+    policy: Annotated[str | None, typer.Option(help="Id of the policy that it is under.")] = None,
+    expires: Annotated[str | None, typer.Option(help="When it ends, such as 30d.")] = None,
+    route: Annotated[
+        list[str] | None, typer.Option(help="Route that it may use; repeatable; all if unset.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="60/minute, or /v1/moderations=5/second; repeatable."),
+    ] = None,
+    upstream_key: Annotated[
+        str | None, typer.Option(help="Name in the setting upstream_keys.")
+    ] = None,
+    config: ConfigOption = None,
+    state_url: StateOption = None,
+    data_directory: DataOption = None,
+) -> None:
+    """Make a key and print its token, which is shown this once."""
+    from service import key_command
+
+    _on_state(
+        lambda settings: key_command.create(
+            settings,
+            name,
+            role,
+            policy=policy,
+            expires=expires,
+            routes=route,
+            limits=limit or [],
+            upstream_key=upstream_key,
+        ),
+        config,
+        state_url,
+        data_directory,
+        print,
+    )
+
+
+@keys_app.command("list")
+def keys_list(
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    state_url: StateOption = None,
+    data_directory: DataOption = None,
+) -> None:
+    """Show all keys, never their tokens."""
+    from service import key_command
+
+    def show(keys: list[dict[str, Any]]) -> None:
+        if as_json:
+            for key in keys:
+                print(json.dumps(key))
+            return
+        table = Table(*key_command.COLUMNS, box=box.SIMPLE_HEAD)
+        for key in keys:
+            table.add_row(*map(Text, key_command.row(key)))
+        Console().print(table)
+
+    _on_state(key_command.listed, config, state_url, data_directory, show)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    identity: Annotated[str, typer.Argument(metavar="ID", help="As keys list shows it.")],
+    config: ConfigOption = None,
+    state_url: StateOption = None,
+    data_directory: DataOption = None,
+) -> None:
+    """End a key for good; all replicas know within about a second."""
+    from service import key_command
+
+    _on_state(
+        lambda settings: key_command.revoke(settings, identity),
+        config,
+        state_url,
+        data_directory,
+        lambda name: print(f"the key {identity} ({name}) is revoked"),
+    )
+
+
+@keys_app.command("rotate")
+def keys_rotate(
+    identity: Annotated[str, typer.Argument(metavar="ID", help="As keys list shows it.")],
+    keep: Annotated[str, typer.Option(help="How long the old token holds, such as 24h.")] = "0s",
+    config: ConfigOption = None,
+    state_url: StateOption = None,
+    data_directory: DataOption = None,
+) -> None:
+    """Give a key a new token and print it."""
+    from service import key_command
+
+    _on_state(
+        lambda settings: key_command.rotate(settings, identity, keep),
+        config,
+        state_url,
+        data_directory,
+        print,
+    )
+
+
+@labels_app.command("export")
+def labels_export(
+    output: Annotated[Path, typer.Option(help="JSON lines; what it holds already stays.")],
+    config: ConfigOption = None,
+    state_url: StateOption = None,
+    data_directory: DataOption = None,
+) -> None:
+    """Add what reviewers said to a file of labelled examples, as training reads them."""
+    from service import label_command
+
+    def show(exported: label_command.Exported) -> None:
+        counts = exported.counts
+        print(f"{output}: {counts.examples} new examples, {exported.examples} in all")
+        if counts.without_text:
+            print(f"{counts.without_text} labels are left out: no text is kept of them")
+        if counts.unreadable:
+            print(f"{counts.unreadable} labels are left out: a later release wrote them")
+
+    _on_state(
+        lambda settings: label_command.export(settings, output),
+        config,
+        state_url,
+        data_directory,
+        show,
+    )
+
+
+def _on_state(
+    work: Callable[[Settings], Coroutine[Any, Any, T]],
+    config: Path | None,
+    state_url: str | None,
+    data_directory: Path | None,
+    show: Callable[[T], None],
+) -> None:
+    """Shows what ``work`` gives, with the settings of the service."""
+    import asyncio
+
+    from service.errors import ConfigurationError, SluicegateError
+    from service.keys import KeyFormatError
+    from service.settings import load
+
+    # The state says in the log what an error says again.
+    logging.basicConfig(level=logging.CRITICAL)
+    try:
+        settings = load(config, {"state_url": state_url, "data_directory": data_directory})
+        show(asyncio.run(work(settings)))
+    except (ConfigurationError, SluicegateError, KeyFormatError) as error:
         _refuse(error)
 
 

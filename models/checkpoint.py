@@ -147,7 +147,10 @@ class Checkpoint:
         try:
             found = sha256(path)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}): restore it from where the checkpoint"
+                " came from, or name another checkpoint"
+            ) from error
         if found != self.card.hashes.get(name):
             raise CheckpointError(
                 f"{path} does not have the hash in {CARD}: the file was changed or cut short;"

@@ -19,9 +19,9 @@ from service.completions import CompletionsDialect
 from service.embeddings import EmbeddingsDialect
 from service.endpoint import (
     Application,
+    Call,
     Endpoints,
     Handler,
-    forwardable,
     json_response,
     replied,
     request_id,
@@ -29,7 +29,8 @@ from service.endpoint import (
 from service.errors import MethodNotAllowed, NotFound, SluicegateError
 from service.exchange import Dialect, Direction, Field
 from service.gate import Outcome
-from service.judgement import Judgement
+from service.judgement import Judgement, prevailing
+from service.kept_texts import subject_of
 from service.ledger import Request as Origin
 from service.messages import MessagesDialect
 from service.passing import OpenRoute, Passing
@@ -63,7 +64,7 @@ def create_app(runtime: Runtime) -> FastAPI:
         title="Sluicegate", docs_url=None, redoc_url=None, summary="Moderates text, guards a model."
     )
     routes = _Routes(runtime)
-    endpoints = Endpoints(app, runtime.settings, runtime.metrics)
+    endpoints = _endpoints(app, runtime)
     endpoints.post("/v1/moderations", routes.moderations, moderations.SCHEMA)
     endpoints.post("/v1/guard", routes.guard, checks.SCHEMA)
     endpoints.post(litellm_guardrail.PATH, routes.litellm, litellm_guardrail.SCHEMA)
@@ -87,15 +88,17 @@ def create_app(runtime: Runtime) -> FastAPI:
     _add_health(app)
     if not runtime.settings.admin_is_apart:
         _add_metrics(app, runtime)
+        _add_desk(endpoints, runtime)
     _add_error_handlers(app)
     return app
 
 
 def create_admin_app(runtime: Runtime) -> FastAPI:
     """What operators see, on a listener of its own."""
-    app = FastAPI(title="Sluicegate admin", docs_url=None, redoc_url=None)
+    app = Application(title="Sluicegate admin", docs_url=None, redoc_url=None)
     _add_health(app)
     _add_metrics(app, runtime)
+    _add_desk(_endpoints(app, runtime), runtime)
     _add_error_handlers(app)
     return app
 
@@ -106,53 +109,68 @@ class _Routes:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         own = {"id": runtime.guard.id, "object": "model", "created": 0, "owned_by": "sluicegate"}
-        self._passing = Passing(
-            runtime.upstreams, runtime.policy, runtime.metrics, _COUNTED_AS, [own]
-        )
+        self._passing = Passing(runtime.upstreams, runtime.metrics, _COUNTED_AS, [own])
         self._responses = ResponseRoutes(
             runtime.gateway, _RESPONSES, runtime.responses, runtime.hash_key
         )
 
-    async def moderations(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def moderations(self, call: Call) -> Response:
         """See ``moderations``."""
         guard_id = self._runtime.guard.id
-        fields = moderations.parse(
-            parse_object(raw), guard_id, self._runtime.settings.inputs_per_request
-        )
-        origin = Origin(identity, "/v1/moderations", "moderations", guard_id)
+        body = parse_object(call.raw)
+        fields = moderations.parse(body, guard_id, self._runtime.settings.inputs_per_request)
+        subject = subject_of(body, self._runtime.hash_key)
+        origin = self._origin(call, "/v1/moderations", "moderations", subject)
         judged = await self._check(origin, {"prompt": fields})
         verdicts = [judgement.decision.verdict for judgement in judged["prompt"][1]]
-        return json_response(moderations.render(identity, guard_id, verdicts))
+        return json_response(moderations.render(call.id, guard_id, verdicts))
 
-    async def guard(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def guard(self, call: Call) -> Response:
         """See ``checks``."""
         guard_id = self._runtime.guard.id
-        fields = checks.parse(parse_object(raw), guard_id)
-        origin = Origin(identity, "/v1/guard", "guard", guard_id)
+        fields = checks.parse(parse_object(call.raw), guard_id)
+        origin = self._origin(call, "/v1/guard", "guard")
         judged = await self._check(origin, fields)
-        return json_response(checks.render(identity, guard_id, self._runtime.policy, judged))
+        return json_response(checks.render(call.id, guard_id, call.caller.policy, judged))
 
-    async def litellm(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def litellm(self, call: Call) -> Response:
         """See ``litellm_guardrail``."""
-        allows = self._runtime.policy.unscannable == "allow"
-        fields = litellm_guardrail.parse(parse_object(raw), allow_unscannable=allows)
-        origin = Origin(identity, litellm_guardrail.PATH, "litellm", self._runtime.guard.id)
+        allows = call.caller.policy.unscannable == "allow"
+        fields = litellm_guardrail.parse(parse_object(call.raw), allow_unscannable=allows)
+        origin = self._origin(call, litellm_guardrail.PATH, "litellm")
         return json_response(litellm_guardrail.render(await self._check(origin, fields)))
 
-    async def analyze(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def analyze(self, call: Call) -> Response:
         """See ``azure_content_safety``."""
-        asked = azure.parse_analyze(parse_object(raw))
-        origin = Origin(identity, azure.ANALYZE_PATH, "azure", self._runtime.guard.id)
+        asked = azure.parse_analyze(parse_object(call.raw))
+        origin = self._origin(call, azure.ANALYZE_PATH, "azure")
         judged = await self._check(origin, {"prompt": list(asked.fields)})
         (judgement,) = judged["prompt"][1]
         return json_response(azure.render_analyze(asked, judgement.decision.verdict))
 
-    async def shield(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def shield(self, call: Call) -> Response:
         """See ``azure_content_safety``."""
-        asked = azure.parse_shield(parse_object(raw))
-        origin = Origin(identity, azure.SHIELD_PATH, "azure", self._runtime.guard.id)
+        asked = azure.parse_shield(parse_object(call.raw))
+        origin = self._origin(call, azure.SHIELD_PATH, "azure")
         judged = await self._check(origin, {"prompt": list(asked.fields)})
         return json_response(azure.render_shield(asked, judged["prompt"][1]))
+
+    def _incoming(self, route: str, call: Call) -> Incoming:
+        body = parse_object(call.raw)
+        return Incoming(
+            id=call.id,
+            route=route,
+            raw=call.raw,
+            body=body,
+            headers=call.headers,
+            caller=call.caller,
+            subject=subject_of(body, self._runtime.hash_key),
+            wants_azure=call.request.headers.get(ANNOTATIONS_HEADER) == "azure",
+        )
+
+    def _origin(self, call: Call, route: str, dialect: str, subject: str | None = None) -> Origin:
+        caller, guard_id = call.caller, self._runtime.guard.id
+        return Origin(call.id, route, dialect, guard_id, caller.policy, caller.key_id, subject)
 
     async def _check(
         self, origin: Origin, fields: Mapping[Direction, list[Field]]
@@ -167,9 +185,9 @@ class _Routes:
             for direction, asked in fields.items():
                 outcomes[direction] = "error"
                 started = loop.time()
-                judgements = await judge.judge(direction, asked)
+                judgements = await judge.judge(origin.policy, direction, asked)
                 ledger.judged(direction, 0, judgements, loop.time() - started)
-                decision = judge.prevailing(direction, judgements)
+                decision = prevailing(origin.policy, direction, judgements)
                 judged[direction] = (decision, judgements)
                 is_allowed = decision.action is Action.ALLOW
                 outcomes[direction] = "allowed" if is_allowed else "annotated"
@@ -182,74 +200,78 @@ class _Routes:
     def proxy(self, dialect: Dialect) -> Handler:
         """The handler of a dialect's route."""
 
-        async def handler(request: Request, identity: str, raw: bytes) -> Response:
-            incoming = _incoming(dialect.path, request, identity, raw)
+        async def handler(call: Call) -> Response:
+            incoming = self._incoming(dialect.path, call)
             return replied(await self._runtime.gateway.handle(dialect, incoming))
 
         return handler
 
-    async def respond(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def respond(self, call: Call) -> Response:
         """See ``ResponseRoutes.create``."""
-        incoming = _incoming(_RESPONSES.path, request, identity, raw)
+        incoming = self._incoming(_RESPONSES.path, call)
         return replied(await self._responses.create(incoming))
 
-    async def response(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def response(self, call: Call) -> Response:
         """See ``ResponseRoutes.read``."""
-        wanted = request.path_params["identity"]
-        shown = await self._responses.read(wanted, request.query_params, forwardable(request))
+        wanted = call.request.path_params["identity"]
+        shown = await self._responses.read(
+            call.caller, wanted, call.request.query_params, call.headers
+        )
         return json_response(shown)
 
-    async def forget_response(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def forget_response(self, call: Call) -> Response:
         """See ``ResponseRoutes.delete``."""
-        wanted = request.path_params["identity"]
-        return json_response(await self._responses.delete(wanted, forwardable(request)))
+        wanted = call.request.path_params["identity"]
+        return json_response(await self._responses.delete(call.caller, wanted, call.headers))
 
-    async def response_items(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def response_items(self, call: Call) -> Response:
         """See ``ResponseRoutes.input_items``."""
-        wanted = request.path_params["identity"]
-        query, headers = request.query_params, forwardable(request)
-        return json_response(await self._responses.input_items(wanted, query, headers))
+        wanted = call.request.path_params["identity"]
+        query, headers = call.request.query_params, call.headers
+        return json_response(await self._responses.input_items(call.caller, wanted, query, headers))
 
     def count(self, path: str) -> Handler:
         """The handler of a route that counts."""
 
-        async def handler(request: Request, identity: str, raw: bytes) -> Response:
-            return replied(await self._passing.count(path, raw, forwardable(request)))
+        async def handler(call: Call) -> Response:
+            return replied(
+                await self._passing.count(path, call.raw, call.headers, call.caller.policy)
+            )
 
         return handler
 
     def opened(self, route: OpenRoute) -> Handler:
         """The handler of a route that the operator opened."""
 
-        async def handler(request: Request, identity: str, raw: bytes) -> Response:
-            query = request.url.query
-            return replied(await self._passing.opened(route, query, raw, forwardable(request)))
+        async def handler(call: Call) -> Response:
+            query = call.request.url.query
+            return replied(await self._passing.opened(route, query, call.raw, call.headers))
 
         return handler
 
-    async def models(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def models(self, call: Call) -> Response:
         """See ``Passing.models``."""
-        return replied(await self._passing.models(forwardable(request)))
+        return replied(await self._passing.models(call.headers))
 
-    async def model(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def model(self, call: Call) -> Response:
         """See ``Passing.model``."""
-        name = request.path_params["name"]
-        return replied(await self._passing.model(name, forwardable(request)))
+        name = call.request.path_params["name"]
+        return replied(await self._passing.model(name, call.headers))
 
-    async def version(self, request: Request, identity: str, raw: bytes) -> Response:
+    async def version(self, call: Call) -> Response:
         """See ``Passing.version``."""
-        return replied(await self._passing.version(forwardable(request)))
+        return replied(await self._passing.version(call.headers))
 
 
-def _incoming(route: str, request: Request, identity: str, raw: bytes) -> Incoming:
-    return Incoming(
-        id=identity,
-        route=route,
-        raw=raw,
-        body=parse_object(raw),
-        headers=forwardable(request),
-        wants_azure=request.headers.get(ANNOTATIONS_HEADER) == "azure",
-    )
+def _endpoints(app: Application, runtime: Runtime) -> Endpoints:
+    tracer = runtime.keeper.tracer
+    return Endpoints(app, runtime.settings, runtime.metrics, runtime.callers, tracer)
+
+
+def _add_desk(endpoints: Endpoints, runtime: Runtime) -> None:
+    parts = (runtime.event_routes, runtime.policy_routes, runtime.review_routes)
+    for method, path, handler, role in (route for part in parts for route in part.all()):
+        endpoints.add(method, path, handler, role)
 
 
 def _add_health(app: FastAPI) -> None:

@@ -67,6 +67,9 @@ SHIELD_SCHEMA: Final[Mapping[str, Any]] = {
 # Azure's code for each status.
 _CODES: Final[Mapping[int, str]] = {
     400: "InvalidRequestBody",
+    # Azure's own gateway, which checks keys, has the bare number.
+    401: "401",
+    403: "403",
     404: "NotFound",
     405: "MethodNotAllowed",
     408: "RequestTimeout",

@@ -103,7 +103,7 @@ def render(
     return {
         "id": f"guard-{identity}",
         "model": guard_id,
-        "policy": f"{policy.id}@{policy.version}",
+        "policy": policy.label,
         "decisions": {
             direction: {
                 "action": decision.action.label,

@@ -1,7 +1,7 @@
 """From an ASGI request to a handler and back: bodies read whole, errors rendered, cancellation.
 
-A handler is given the request, its id and its whole body. It raises ``SluicegateError``; whoever
-speaks another dialect says how an error looks in it.
+A handler is given a ``Call``. It raises ``SluicegateError``; whoever speaks another dialect says
+how an error looks in it.
 """
 
 from __future__ import annotations
@@ -11,24 +11,51 @@ import logging
 import re
 import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from service import tracing
+from service.admin_hosts import refuse_foreign
 from service.body import ClientDisconnected, dumps, read_body
+from service.caller import Caller, Role
+from service.callers import Callers, upstream_headers
 from service.errors import BadRequest, BodyTimeout, SluicegateError
 from service.headers import request_headers
+from service.logs import in_request
 from service.metrics import Metrics
 from service.records import new_id
 from service.replies import Reply
 from service.settings import Settings
+from service.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request with its whole body, and who sent it. ``id`` is the request's."""
+
+    request: Request
+    id: str
+    raw: bytes
+    caller: Caller
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that go to the upstream."""
+        sent = request_headers(
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self.request.headers.raw
+        )
+        return upstream_headers(sent, self.caller)
+
+
 Endpoint = Callable[[Request], Awaitable[Response]]
-Handler = Callable[[Request, str, bytes], Awaitable[Response]]
+Handler = Callable[[Call], Awaitable[Response]]
 ErrorBody = Callable[[SluicegateError, str], Mapping[str, Any]]
 """From an error and a request's id to the body of the answer."""
 
@@ -47,7 +74,8 @@ class Application(FastAPI):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        # A redirect would be sent before any check, to whatever host the request names.
+        super().__init__(redirect_slashes=False, **options)
         self.posts: dict[str, Endpoint] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,9 +98,19 @@ def openai_error(error: SluicegateError, identity: str) -> Mapping[str, Any]:
 class Endpoints:
     """Adds endpoints to an application."""
 
-    def __init__(self, app: Application, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: Application,
+        settings: Settings,
+        metrics: Metrics,
+        callers: Callers,
+        tracer: Tracer,
+    ) -> None:
         self._app = app
+        self._callers = callers
+        self._tracer = tracer
         self._limit = settings.body_bytes
+        self._admin_hosts = settings.admin_hosts
         self._seconds = settings.body_seconds
         self._metrics = metrics
 
@@ -89,26 +127,43 @@ class Endpoints:
         self._app.post(path, openapi_extra=extra, response_class=Response)(endpoint)
         self._app.posts[path] = endpoint
 
-    def add(self, method: str, path: str, handler: Handler) -> None:
-        """Adds a route whose path may hold parameters."""
-        endpoint = self._endpoint(path, handler, openai_error)
+    def add(self, method: str, path: str, handler: Handler, role: Role = "caller") -> None:
+        """Adds a route whose path may hold parameters, for callers of this role."""
+        endpoint = self._endpoint(path, handler, openai_error, role)
         self._app.api_route(path, methods=[method], response_class=Response)(endpoint)
 
-    def _endpoint(self, path: str, handler: Handler, error_body: ErrorBody) -> Endpoint:
+    def _endpoint(
+        self, path: str, handler: Handler, error_body: ErrorBody, role: Role = "caller"
+    ) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             identity = request_id(request)
+            in_request(identity)
+            said = {tracing.REQUEST_ID: identity}
+            with self._tracer.request(path, request.headers, said) as span:
+                response = await answered(request, identity)
+                span.set_attribute(tracing.STATUS, response.status_code)
+            response.headers["x-request-id"] = identity
+            self._metrics.answered(path, response.status_code)
+            return response
+
+        async def answered(request: Request, identity: str) -> Response:
+            left: Mapping[str, str] = {}
             try:
                 _refuse_encoding(request)
+                if role != "caller":
+                    refuse_foreign(request.headers, _address(request), self._admin_hosts)
+                caller = await self._callers.identify(request.headers, path, role)
+                left = caller.answer_headers
                 raw = await self._whole_body(request)
-                response = await _while_connected(request, handler(request, identity, raw))
+                call = Call(request, identity, raw, caller)
+                response = await _while_connected(request, handler(call))
             except ClientDisconnected:
                 # Nobody reads this; the status is what proxies log for it.
                 response = Response(status_code=499)
             except Exception as error:
                 ours = _ours(error, path)
                 response = json_response(error_body(ours, identity), ours.status, ours.headers())
-            response.headers["x-request-id"] = identity
-            self._metrics.answered(path, response.status_code)
+            response.headers.update(left)
             return response
 
         return endpoint
@@ -158,17 +213,16 @@ def replied(reply: Reply) -> Response:
     return response
 
 
+def _address(request: Request) -> str | None:
+    """The address that a connection came in on."""
+    server = request.scope.get("server")
+    return server[0] if server else None
+
+
 def request_id(request: Request) -> str:
     """The client's id where it is one that can be shown, else a new one."""
     given = request.headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else new_id()
-
-
-def forwardable(request: Request) -> dict[str, str]:
-    """The headers that go to the upstream."""
-    return request_headers(
-        (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
-    )
 
 
 def _ours(error: Exception, path: str) -> SluicegateError:

@@ -5,11 +5,16 @@
     │   ├── Unscannable       400  it holds something that no guard here reads
     │   ├── ContentFiltered   400  it was blocked, and the policy or the route answers so
     │   └── UnknownModel      404  it names a model that is not here
+    ├── InvalidApiKey         401  no key, or none that holds
+    ├── Forbidden             403  the key may not do this, or the page may not ask it
     ├── NotFound              404  no such route, or nothing of that name
     ├── MethodNotAllowed      405  the route is there, the method is not
     ├── BodyTimeout           408  its body did not come in time
+    ├── Conflict              409  somebody else was there before
+    ├── StoreFull             409  no more of these are kept
     ├── TooLarge              413  it is over a stated limit
     ├── Overloaded            429  too much is waiting; come back later
+    ├── RateLimited           429  the key has sent as much as it may for now
     ├── GuardUnavailable      503  no verdict could be had
     ├── NoUpstream            503  no upstream is configured
     ├── StateUnavailable      503  Redis cannot be reached, or refuses the command
@@ -110,6 +115,26 @@ class UnknownModel(BadRequest):
     code = "model_not_found"
 
 
+class InvalidApiKey(SluicegateError):
+    """No API key was sent, or none that holds."""
+
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+    def headers(self) -> dict[str, str]:
+        """Says how to send one (RFC 9110, section 15.5.2)."""
+        return {"www-authenticate": "Bearer"}
+
+
+class Forbidden(SluicegateError):
+    """The key may not do this, or the page that asks for it may not; ``code`` says which."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "forbidden"
+
+
 class NotFound(SluicegateError):
     """There is no such route, or nothing of that name."""
 
@@ -134,6 +159,22 @@ class BodyTimeout(SluicegateError):
     code = "body_timeout"
 
 
+class Conflict(SluicegateError):
+    """Somebody else was there before; ``code`` says with what."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class StoreFull(SluicegateError):
+    """No more of these are kept."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "store_full"
+
+
 class TooLarge(SluicegateError):
     """The request is over a stated limit; ``code`` says which."""
 
@@ -153,6 +194,23 @@ class Overloaded(SluicegateError):
     def headers(self) -> dict[str, str]:
         """Says when to come back."""
         return {"retry-after": str(self.retry_after_seconds)}
+
+
+class RateLimited(SluicegateError):
+    """The key has sent as much as it may for now. ``limits`` are headers that say how much."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_seconds: float, limits: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self._retry_after = max(1, math.ceil(retry_after_seconds))
+        self._limits = limits
+
+    def headers(self) -> dict[str, str]:
+        """Says when to come back."""
+        return {"retry-after": str(self._retry_after), **self._limits}
 
 
 class GuardUnavailable(SluicegateError):

@@ -7,20 +7,22 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from service import tracing
 from service.errors import GuardUnavailable, Unscannable, UpstreamMalformed
 from service.exchange import Direction, Exchange, Field
 from service.gate import Outcome, PromptJudged
-from service.judgement import FieldJudge, Judgement
+from service.judgement import FieldJudge, Judgement, prevailing
 from service.ledger import Bookkeeper
-from service.policy import Action, Decision, tightened
+from service.policy import Action, Decision, Policy, tightened
 from service.replies import Progress
 
 
 class Examiner:
-    """Holds the judge and the books; the policy is the judge's."""
+    """Holds the judge and the books."""
 
-    def __init__(self, judge: FieldJudge, keeper: Bookkeeper) -> None:
-        self.policy = judge.policy
+    def __init__(self, judge: FieldJudge, keeper: Bookkeeper, policy: Policy) -> None:
+        self.policy = policy
+        self.tracer = keeper.tracer
         self._judge = judge
         self._keeper = keeper
 
@@ -64,7 +66,7 @@ class Examiner:
         if judgements is None:
             progress.outcomes["prompt"] = "bypassed"
             return PromptJudged(None)
-        decision = self._judge.prevailing("prompt", judgements)
+        decision = prevailing(self.policy, "prompt", judgements)
         if exchange.moderation is not None and exchange.moderation.blocks_prompt:
             decision = tightened(decision)
         progress.prompt = decision
@@ -90,7 +92,7 @@ class Examiner:
             tightens = exchange.moderation is not None and exchange.moderation.blocks_response
             rest = deque(judgements)
             for number, own in fields.items():
-                decision = self._judge.prevailing("response", [rest.popleft() for _ in own])
+                decision = prevailing(self.policy, "response", [rest.popleft() for _ in own])
                 decisions[number] = tightened(decision) if tightens else decision
         progress.decide(attempt, decisions)
         return decisions
@@ -106,8 +108,20 @@ class Examiner:
     ) -> list[Judgement] | None:
         """The judgements; None where the guard could not judge and the policy fails open."""
         started = time.perf_counter()
+        said: dict[str, tracing.Value] = {
+            tracing.GUARD: self._keeper.guard_id,
+            tracing.TARGET: tracing.TARGETS[direction],
+            tracing.POLICY: self.policy.label,
+            tracing.ATTEMPT: attempt,
+            tracing.FIELDS: len(fields),
+        }
         try:
-            judgements = await self._judge.judge(direction, fields)
+            with self._keeper.tracer.span(tracing.JUDGEMENT, said) as span:
+                judgements = await self._judge.judge(self.policy, direction, fields)
+                decision = prevailing(self.policy, direction, judgements)
+                span.set_attribute(tracing.VERDICT, decision.verdict.level.label)
+                span.set_attribute(tracing.SCORE, decision.verdict.severity_score)
+                span.set_attribute(tracing.ACTION, decision.action.label)
         except GuardUnavailable:
             # What a monitored stream says has been sent already: there is nothing to keep back.
             if self.policy.fail == "closed" and not is_sent:

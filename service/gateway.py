@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Final
@@ -14,28 +13,16 @@ from service.errors import (
     SluicegateError,
     TooLarge,
     Unscannable,
-    UpstreamError,
-    UpstreamMalformed,
 )
 from service.examiner import Examiner
 from service.exchange import (
-    Answer,
     Dialect,
     Exchange,
     Field,
 )
 from service.gate import (
-    Command,
-    DeadlinePassed,
     End,
-    Event,
     Gate,
-    Generate,
-    Generated,
-    Judge,
-    Refuse,
-    Release,
-    ResponseJudged,
 )
 from service.headers import response_headers
 from service.judgement import FieldJudge
@@ -48,13 +35,11 @@ from service.replies import (
     Replies,
     Reply,
     completion_tokens,
-    parse_answer,
     prompt_headers,
 )
-from service.retries import asked
 from service.routing import Route, Upstreams
 from service.streaming import StreamedExchange
-from service.upstream import UpstreamResponse
+from service.whole import WholeExchange
 
 _MOST_TOKEN_PROMPTS: Final = 64
 
@@ -72,11 +57,9 @@ class Gateway:
         load: Callable[[], float],
     ) -> None:
         """``load`` is above 1 where the guard is behind with what it has to judge."""
-        self._examiner = Examiner(judge, keeper)
-        self._policy = judge.policy
+        self._judge = judge
         self._upstreams = upstreams
         self._keeper = keeper
-        self._replies = Replies(judge.policy.refusal, keeper.guard_id)
         self._streams = 0
         self._most_streams = most_streams
         self._load = load
@@ -84,17 +67,29 @@ class Gateway:
     async def handle(self, dialect: Dialect, incoming: Incoming) -> Reply:
         """The reply to a request. Raises ``SluicegateError``."""
         exchange = dialect.parse(incoming.body)
-        route = self._upstreams.route(exchange.model)
-        request = Request(incoming.id, incoming.route, dialect.name, exchange.model)
+        caller = incoming.caller
+        policy = caller.policy
+        request = Request(
+            id=incoming.id,
+            route=incoming.route,
+            dialect=dialect.name,
+            model=exchange.model,
+            policy=policy,
+            key_id=caller.key_id,
+            subject=incoming.subject,
+        )
         ledger = self._keeper.open(request)
-        gate = Gate.of(self._policy, choices=exchange.choices, is_stream=exchange.stream)
-        progress = Progress(gate, ledger, route)
+        gate = Gate.of(policy, choices=exchange.choices, is_stream=exchange.stream)
+        route = self._upstreams.route(exchange.model)
+        progress = Progress(dialect, incoming, exchange, gate, ledger, route)
+        examiner = Examiner(self._judge, self._keeper, policy)
+        replies = Replies(policy.refusal, self._keeper.guard_id)
         try:
-            exchange = await self._with_texts(exchange, incoming, route)
-            self._examiner.admit(exchange)
+            progress.exchange = await self._with_texts(exchange, incoming, route)
+            examiner.admit(progress.exchange)
             if exchange.stream:
-                return await self._streamed(dialect, incoming, exchange, progress)
-            end = await self._drive(dialect, incoming, exchange, progress)
+                return await self._streamed(examiner, replies, progress)
+            end = await WholeExchange(examiner, progress).run()
         except NotOurs as refusal:
             progress.outcomes["response"] = "error"
             await ledger.close(progress.outcomes, 1)
@@ -104,11 +99,9 @@ class Gateway:
             await self._failed(progress, error)
             raise
         await self._settled(progress, end)
-        return self._replies.reply(dialect, incoming, exchange, progress, end)
+        return replies.reply(progress, end)
 
-    async def _streamed(
-        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: Progress
-    ) -> Reply:
+    async def _streamed(self, examiner: Examiner, replies: Replies, progress: Progress) -> Reply:
         """A reply whose body is sent as it is released. What fails before its first byte fails
         as any other exchange does; it begins with a sign of life at the latest.
         """
@@ -118,10 +111,7 @@ class Gateway:
                 " moment"
             )
         run = StreamedExchange(
-            self._examiner,
-            dialect,
-            incoming,
-            exchange,
+            examiner,
             progress,
             load=self._load,
             unjudged=self._keeper.metrics.released_before_verdict.inc,
@@ -137,18 +127,16 @@ class Gateway:
         if run.end is not None and not run.has_begun:
             self._streams -= 1
             await self._settled(progress, run.end)
-            return self._replies.reply(dialect, incoming, exchange, progress, run.end)
+            return replies.reply(progress, run.end)
         assert first is not None
-        body = self._rest(dialect, incoming, exchange, progress, run, first, pieces)
+        body = self._rest(replies, progress, run, first, pieces)
         # One that has begun cleans up behind itself, also where nobody reads it.
         await anext(body)
         return Reply(200, (EVENTS, *prompt_headers(progress)), b"", stream=body)
 
     async def _rest(
         self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
+        replies: Replies,
         progress: Progress,
         run: StreamedExchange,
         first: bytes,
@@ -168,16 +156,17 @@ class Gateway:
             await self._settled(progress, run.end)
             is_settled = True
             said = run.said()
-            if incoming.keep is not None and said is not None:
-                await incoming.keep(said)
+            keep = progress.incoming.keep
+            if keep is not None and said is not None:
+                await keep(said)
             if run.has_begun:
-                yield self._replies.tail(dialect, incoming, exchange, progress, piece or b"")
+                yield replies.tail(progress, piece or b"")
             else:
-                yield self._replies.reply(dialect, incoming, exchange, progress, run.end).body
+                yield replies.reply(progress, run.end).body
         except SluicegateError as error:
             is_settled = True
             await self._failed(progress, error)
-            yield dialect.error_event(error, incoming.id)
+            yield progress.dialect.error_event(error, progress.incoming.id)
         finally:
             self._streams -= 1
             await pieces.aclose()
@@ -231,106 +220,6 @@ class Gateway:
             unscannable=tuple(unscannable),
             texts=texts,
         )
-
-    async def _drive(
-        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: Progress
-    ) -> End:
-        """Carries out the gate's commands until it says that the exchange is over."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._policy.regenerate.deadline_seconds
-        commands: deque[Command] = deque(progress.gate.start())
-        while True:
-            match commands.popleft():
-                case Judge("prompt"):
-                    event: Event = await self._examiner.prompt(exchange, progress)
-                case Judge(_, choices):
-                    event = await self._judge_response(exchange, progress, choices, deadline)
-                case Generate() as command:
-                    event = await self._generate(
-                        dialect, incoming, exchange, progress, command, deadline
-                    )
-                case Release(choices):
-                    progress.released = choices
-                    continue
-                case Refuse(choices):
-                    progress.refused = choices
-                    continue
-                case End() as end:
-                    return end
-            commands.extend(progress.gate.feed(event))
-
-    async def _judge_response(
-        self, exchange: Exchange, progress: Progress, choices: tuple[int, ...], deadline: float
-    ) -> ResponseJudged | DeadlinePassed:
-        attempt = len(progress.answers)
-        fields = {number: progress.choices[number].fields for number in choices}
-        judging = self._examiner.response(exchange, attempt, fields, progress)
-        if attempt == 1:
-            # The first answer has the guard's own deadline; later ones the policy's beside it.
-            return ResponseJudged(await judging)
-        try:
-            async with asyncio.timeout_at(deadline):
-                return ResponseJudged(await judging)
-        except TimeoutError:
-            return DeadlinePassed()
-
-    async def _generate(
-        self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
-        progress: Progress,
-        command: Generate,
-        deadline: float,
-    ) -> Generated | DeadlinePassed:
-        attempt = asked(dialect, exchange, incoming.raw, command)
-        numbers = attempt.choices
-        ask = self._ask(dialect, incoming, attempt.exchange, progress, attempt.body)
-        if command.attempt == 1:
-            response, answer = await ask
-            numbers = tuple(choice.index for choice in answer.choices)
-        else:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    response, answer = await ask
-            except (TimeoutError, UpstreamError, NotOurs):
-                # What was generated so far stays refused: that is an answer, an error is not.
-                return DeadlinePassed()
-            if len(answer.choices) < len(numbers):
-                return DeadlinePassed()
-        progress.answers.append((response, answer))
-        for number, choice in zip(numbers, answer.choices, strict=False):
-            if command.attempt > 1:
-                choice = dialect.renumbered(choice, number)
-            progress.choices[number] = choice
-            progress.attempt_of[number] = command.attempt
-        return Generated(numbers, completion_tokens(answer), bool(answer.unscannable))
-
-    async def _ask(
-        self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
-        progress: Progress,
-        body: bytes,
-    ) -> tuple[UpstreamResponse, Answer]:
-        response = await progress.route.post(dialect.path, body, incoming.headers)
-        progress.ledger.called_upstream(response.seconds)
-        if response.status >= 400:
-            raise NotOurs(response)
-        if response.status != 200:
-            raise UpstreamMalformed(
-                f"the upstream answered with status {response.status}, where an answer has 200"
-            )
-        passes = self._policy.unscannable == "allow"
-        try:
-            answer = parse_answer(dialect, exchange, response)
-        except UpstreamMalformed:
-            if not passes or progress.answers:
-                raise
-            answer = Answer((), {}, unscannable=("",))
-        self._examiner.admit_answer(answer.unscannable)
-        return response, answer
 
     def _account(self, progress: Progress) -> None:
         """Tokens: what the client got, and what was generated for nothing."""

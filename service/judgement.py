@@ -28,25 +28,25 @@ class Judgement:
 
 
 class FieldJudge:
-    """Judges fields under a policy, within a deadline in seconds, ``most_fields`` at once."""
+    """Judges fields, within a deadline in seconds, ``most_fields`` at once."""
 
     def __init__(
         self,
         cache: VerdictCache,
         digest: Digest,
-        policy: Policy,
         *,
         deadline: float,
         most_fields: int,
     ) -> None:
-        self.policy = policy
         self._cache = cache
         self._digest = digest
         self._deadline = deadline
         self._most_fields = most_fields
 
-    async def judge(self, direction: Direction, fields: Sequence[Field]) -> list[Judgement]:
-        """A judgement of each field, in their order.
+    async def judge(
+        self, policy: Policy, direction: Direction, fields: Sequence[Field]
+    ) -> list[Judgement]:
+        """A judgement of each field under ``policy``, in their order.
 
         A turn that was answered before is at most annotated, unless the policy's context is
         ``all``; so are turns joined, where one of those before is flagged by itself. Raises
@@ -76,26 +76,28 @@ class FieldJudge:
             for field, verdict in zip(fields, verdicts, strict=True)
         )
         return [
-            Judgement(field, self._decide(direction, field, verdict, is_explained), digest)
+            Judgement(field, _decide(policy, direction, field, verdict, is_explained), digest)
             for field, verdict, digest in zip(fields, verdicts, digests, strict=True)
         ]
 
-    def _decide(
-        self, direction: Direction, field: Field, verdict: Verdict, is_explained: bool
-    ) -> Decision:
-        decision = decide(self.policy, direction, verdict)
-        if direction == "prompt" and field.name in _LOW_SENSITIVITY:
-            milder = decide(self.policy, direction, verdict.milder())
-            decision = replace(milder, verdict=verdict)
-        is_old = field.is_past or (field.is_joint and is_explained)
-        if is_old and self.policy.context == "latest_turn":
-            decision = replace(decision, action=min(decision.action, Action.ANNOTATE))
-        return decision
 
-    def prevailing(self, direction: Direction, judgements: Sequence[Judgement]) -> Decision:
-        """The decision that prevails over all; where there was nothing to judge, the policy's
-        on an empty text.
-        """
-        if not judgements:
-            return decide(self.policy, direction, nothing(direction))
-        return strongest(judgement.decision for judgement in judgements)
+def prevailing(policy: Policy, direction: Direction, judgements: Sequence[Judgement]) -> Decision:
+    """The decision that prevails over all; where there was nothing to judge, the policy's on an
+    empty text.
+    """
+    if not judgements:
+        return decide(policy, direction, nothing(direction))
+    return strongest(judgement.decision for judgement in judgements)
+
+
+def _decide(
+    policy: Policy, direction: Direction, field: Field, verdict: Verdict, is_explained: bool
+) -> Decision:
+    decision = decide(policy, direction, verdict)
+    if direction == "prompt" and field.name in _LOW_SENSITIVITY:
+        milder = decide(policy, direction, verdict.milder())
+        decision = replace(milder, verdict=verdict)
+    is_old = field.is_past or (field.is_joint and is_explained)
+    if is_old and policy.context == "latest_turn":
+        decision = replace(decision, action=min(decision.action, Action.ANNOTATE))
+    return decision

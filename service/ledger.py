@@ -11,9 +11,12 @@ from models.taxonomy import Severity
 from service.exchange import Direction
 from service.gate import Outcome
 from service.judgement import Judgement
+from service.kept_texts import KeptTexts
 from service.metrics import Metrics
-from service.policy import Policy
+from service.policy import Action, Policy
 from service.records import Record, Recorder
+from service.reviews import Reviews
+from service.tracing import Tracer
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +27,30 @@ class Request:
     route: str
     dialect: str
     model: str
+    policy: Policy
+    key_id: str | None = None
+    subject: str | None = None
+    """A keyed hash of whom the client named as its user."""
 
 
 class Bookkeeper:
     """Opens a ledger for each exchange; holds what all of them share."""
 
-    def __init__(self, metrics: Metrics, recorder: Recorder, policy: Policy, guard_id: str) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        recorder: Recorder,
+        guard_id: str,
+        tracer: Tracer,
+        texts: KeptTexts,
+        reviews: Reviews | None = None,
+    ) -> None:
         self.metrics = metrics
         self.recorder = recorder
-        self.policy = policy
-        self.policy_name = f"{policy.id}@{policy.version}"
         self.guard_id = guard_id
+        self.tracer = tracer
+        self.texts = texts
+        self.reviews = reviews
 
     def open(self, request: Request) -> Ledger:
         """A ledger for one exchange, which begins now."""
@@ -91,29 +107,56 @@ class Ledger:
         weight = self._weight()
         if weight is None:
             return
-        await self._keeper.recorder.write(
-            [
-                self._record(entry, outcomes.get(entry.direction, "error"), attempts, total, weight)
-                for entry in self._worst()
-            ]
-        )
+        kept = self._kept()
+        records = [
+            self._record(entry, outcomes.get(entry.direction, "error"), attempts, total, weight)
+            for entry in kept
+        ]
+        if self._keeper.reviews is not None:
+            # Before anything is waited for: a client that goes away keeps nothing from review.
+            for entry, record in zip(kept, records, strict=True):
+                if self._asks_for_review(entry):
+                    self._keeper.reviews.ask(record, "policy")
+        await self._keeper.recorder.write(records)
+        keeping = self._request.policy.record.text
+        if keeping == "none":
+            return
+        for entry, record in zip(kept, records, strict=True):
+            text = entry.judgement.field.judged.text
+            await self._keeper.texts.keep(record.id, text, keeping, self._request.subject)
 
     def _weight(self) -> float | None:
-        """1 where anything was flagged; else the weight of the sample, or None if not drawn."""
-        if any(e.judgement.decision.verdict.level > Severity.NONE for e in self._entries):
+        """1 where anything was flagged, acted on or is to be reviewed; else the weight of the
+        sample, or None if not drawn.
+        """
+        if any(
+            entry.judgement.decision.verdict.level > Severity.NONE
+            or entry.judgement.decision.action is not Action.ALLOW
+            or self._asks_for_review(entry)
+            for entry in self._entries
+        ):
             return 1.0
-        share = self._keeper.policy.record.sample_passed
+        share = self._request.policy.record.sample_passed
         is_drawn = random.random() < share  # noqa: S311 - a sample for statistics guards no secret
         return 1.0 / share if is_drawn else None
 
-    def _worst(self) -> list[_Entry]:
-        """The gravest entry of each direction and attempt."""
-        worst: dict[tuple[Direction, int], _Entry] = {}
-        for entry in self._entries:
-            key = (entry.direction, entry.attempt)
-            if key not in worst or _gravity(entry) > _gravity(worst[key]):
-                worst[key] = entry
-        return list(worst.values())
+    def _kept(self) -> list[_Entry]:
+        """The gravest entry of each direction and attempt; and where that is not to be reviewed
+        but others are, the gravest of those too.
+        """
+        worst = _gravest(self._entries)
+        reviewed = _gravest([entry for entry in self._entries if self._asks_for_review(entry)])
+        more = [entry for side, entry in reviewed.items() if not self._asks_for_review(worst[side])]
+        return [*worst.values(), *more]
+
+    def _asks_for_review(self, entry: _Entry) -> bool:
+        """Whether its rule does. A conversation repeats in each request what was answered, and so
+        was reviewed, before.
+        """
+        judgement = entry.judgement
+        if not judgement.decision.review or judgement.field.is_past:
+            return False
+        return not (judgement.field.is_joint and any(map(_is_flagged_past, self._entries)))
 
     def _record(
         self, entry: _Entry, outcome: Outcome, attempts: int, total: float, weight: float
@@ -123,13 +166,14 @@ class Ledger:
         return Record(
             time=time.time(),
             request_id=self._request.id,
-            key_id=None,
+            key_id=self._request.key_id,
+            subject=self._request.subject,
             route=self._request.route,
             dialect=self._request.dialect,
             model=self._request.model,
             direction=entry.direction,
             field=entry.judgement.field.path,
-            policy=self._keeper.policy_name,
+            policy=self._request.policy.label,
             guard=self._keeper.guard_id,
             level=verdict.level.label,
             severity_score=verdict.severity_score,
@@ -150,6 +194,21 @@ class Ledger:
         )
 
 
+def _gravest(entries: Sequence[_Entry]) -> dict[tuple[Direction, int], _Entry]:
+    """The gravest of each direction and attempt."""
+    gravest: dict[tuple[Direction, int], _Entry] = {}
+    for entry in entries:
+        side = (entry.direction, entry.attempt)
+        if side not in gravest or _gravity(entry) > _gravity(gravest[side]):
+            gravest[side] = entry
+    return gravest
+
+
 def _gravity(entry: _Entry) -> tuple[int, float]:
     decision = entry.judgement.decision
     return decision.action, decision.verdict.severity_score
+
+
+def _is_flagged_past(entry: _Entry) -> bool:
+    judgement = entry.judgement
+    return judgement.field.is_past and judgement.decision.verdict.level > Severity.NONE

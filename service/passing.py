@@ -57,13 +57,11 @@ class Passing:
     def __init__(
         self,
         upstreams: Upstreams,
-        policy: Policy,
         metrics: Metrics,
         readers: Mapping[str, Dialect],
         own_models: Sequence[Mapping[str, Any]],
     ) -> None:
         self._upstreams = upstreams
-        self._policy = policy
         self._metrics = metrics
         self._readers = readers
         self._own_models = own_models
@@ -89,14 +87,16 @@ class Passing:
                 return _json(model)
         raise UnknownModel("no upstream has this model: see /v1/models", param="model")
 
-    async def count(self, path: str, raw: bytes, headers: Mapping[str, str]) -> Reply:
+    async def count(
+        self, path: str, raw: bytes, headers: Mapping[str, str], policy: Policy
+    ) -> Reply:
         """A route that turns texts into tokens or back, or counts them."""
         body = parse_object(raw)
         model = body.get("model")
         if "messages" in body and path in self._readers:
             # Counting asks for less than generating does.
             exchange = self._readers[path].parse({"max_tokens": 1} | body | {"model": model or "m"})
-            if exchange.unscannable and self._policy.unscannable == "block":
+            if exchange.unscannable and policy.unscannable == "block":
                 place = exchange.unscannable[0]
                 raise Unscannable(f"{place} cannot be scanned by any guard here", param=place)
         is_named = isinstance(model, str) and model != ""

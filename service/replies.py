@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from service import sse, verdict_shapes
 from service.body import dumps, parse_object
+from service.caller import Caller
 from service.errors import BadRequest, ContentFiltered, UpstreamMalformed
 from service.exchange import Annotations, Answer, Choice, Dialect, Direction, Exchange, Refusal
 from service.gate import End, Gate, Outcome
@@ -31,6 +32,9 @@ class Incoming:
     raw: bytes
     body: Mapping[str, Any]
     headers: Mapping[str, str]
+    caller: Caller
+    subject: str | None = None
+    """A keyed hash of whom the client names as its user."""
     wants_azure: bool = False
     """Whether Azure's filter results are asked for."""
     keep: Callable[[Mapping[str, Any]], Awaitable[None]] | None = None
@@ -58,6 +62,9 @@ class Reply:
 class Progress:
     """What is known of an exchange on its way."""
 
+    dialect: Dialect
+    incoming: Incoming
+    exchange: Exchange
     gate: Gate
     ledger: Ledger
     route: Route
@@ -100,18 +107,17 @@ class Replies:
         self._is_error = refusal.status == 400
         self._guard_id = guard_id
 
-    def reply(
-        self, dialect: Dialect, incoming: Incoming, exchange: Exchange, progress: Progress, end: End
-    ) -> Reply:
+    def reply(self, progress: Progress, end: End) -> Reply:
         """The reply to an exchange that is over."""
+        dialect, exchange = progress.dialect, progress.exchange
         said = _headers(progress, end)
-        asked = self._annotations(incoming, exchange, progress)
+        asked = self._annotations(progress)
         if not end.attempts:
-            return self._blocked(dialect, incoming, exchange, progress, asked, said)
+            return self._blocked(progress, asked, said)
         response, first = progress.answers[0]
         headers = (*response_headers(response.headers), *said)
         if end.attempts > 1 or progress.refused:
-            shown = self._assembled(dialect, exchange, progress, asked)
+            shown = self._assembled(progress, asked)
             headers = tuple(pair for pair in headers if pair[0] != "content-type")
             return replace(_rendered(dialect, exchange, shown, headers), attempts=end.attempts)
         body, shown = response.body, first.body
@@ -124,28 +130,16 @@ class Replies:
                 body = dumps(shown).encode()
         return Reply(response.status, headers, body, shown, end.attempts)
 
-    def tail(
-        self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
-        progress: Progress,
-        last: bytes,
-    ) -> bytes:
+    def tail(self, progress: Progress, last: bytes) -> bytes:
         """The end of a stream, with the verdicts in it that were asked for."""
-        asked = self._annotations(incoming, exchange, progress)
-        return last if asked is None else dialect.annotated_stream(last, asked)
+        asked = self._annotations(progress)
+        return last if asked is None else progress.dialect.annotated_stream(last, asked)
 
-    def _assembled(
-        self,
-        dialect: Dialect,
-        exchange: Exchange,
-        progress: Progress,
-        asked: Annotations | None,
-    ) -> Mapping[str, Any]:
+    def _assembled(self, progress: Progress, asked: Annotations | None) -> Mapping[str, Any]:
         """The released choices and refusals, under the head of the first attempt and with the
         usage of the last that was released.
         """
+        dialect, exchange = progress.dialect, progress.exchange
         _, first = progress.answers[0]
         refused = progress.refused if progress.refused is not None else tuple(progress.choices)
         choices = {number: progress.choices[number] for number in progress.released}
@@ -160,16 +154,9 @@ class Replies:
         )
         return shown if asked is None else dialect.annotated(shown, asked)
 
-    def _blocked(
-        self,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
-        progress: Progress,
-        asked: Annotations | None,
-        said: Headers,
-    ) -> Reply:
+    def _blocked(self, progress: Progress, asked: Annotations | None, said: Headers) -> Reply:
         """The reply to a prompt that was blocked."""
+        dialect, incoming, exchange = progress.dialect, progress.incoming, progress.exchange
         answer = dialect.refused(exchange, incoming.id, int(time.time()), self._refusal)
         if answer is None or self._is_error:
             verdict = progress.prompt.verdict if progress.prompt else None
@@ -182,11 +169,10 @@ class Replies:
             shown = dialect.annotated(shown, asked)
         return _rendered(dialect, exchange, shown, said)
 
-    def _annotations(
-        self, incoming: Incoming, exchange: Exchange, progress: Progress
-    ) -> Annotations | None:
+    def _annotations(self, progress: Progress) -> Annotations | None:
         """The verdicts to tell, where the client asked for them."""
-        wants_openai = exchange.moderation is not None
+        incoming = progress.incoming
+        wants_openai = progress.exchange.moderation is not None
         if not wants_openai and not incoming.wants_azure:
             return None
         refused = progress.refused if progress.refused is not None else progress.choices

@@ -11,6 +11,7 @@ from typing import Any, Final
 from starlette.datastructures import QueryParams
 
 from service.body import dumps
+from service.caller import CREDENTIALS, Caller
 from service.errors import BadRequest, NotFound, StateUnavailable
 from service.gateway import Gateway
 from service.replies import Incoming, Reply
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 ONE: Final = "/v1/responses/{identity}"
 INPUT_ITEMS: Final = "/v1/responses/{identity}/input_items"
 _PREVIOUS: Final = "previous_response_id"
-_CREDENTIALS: Final = ("authorization", "x-api-key")
 
 
 class ResponseRoutes:
@@ -42,7 +42,7 @@ class ResponseRoutes:
         The upstream is told of the whole conversation and stores none of it. Of a prompt that was
         blocked only the refusal is kept: it would go to the upstream with each later turn.
         """
-        owner = self._owner(incoming.headers)
+        owner = self._owner(incoming.caller, incoming.headers)
         stored = await self._previous(owner, incoming.body)
         asked: Mapping[str, Any] = incoming.body
         if stored is not None:
@@ -62,20 +62,22 @@ class ResponseRoutes:
             await self._keep(owner, reply.said, items)
         return reply
 
-    async def read(self, identity: str, query: QueryParams, headers: Mapping[str, str]) -> Any:
+    async def read(
+        self, caller: Caller, identity: str, query: QueryParams, headers: Mapping[str, str]
+    ) -> Any:
         """``GET /v1/responses/{id}``."""
         if query.get("stream", "false").lower() not in ("false", "0"):
             raise BadRequest("a response that is kept is not streamed: leave stream out")
-        return (await self._stored(self._owner(headers), identity)).response
+        return (await self._stored(self._owner(caller, headers), identity)).response
 
-    async def delete(self, identity: str, headers: Mapping[str, str]) -> Any:
+    async def delete(self, caller: Caller, identity: str, headers: Mapping[str, str]) -> Any:
         """``DELETE /v1/responses/{id}``."""
-        if not await self._store.delete(self._owner(headers), identity):
+        if not await self._store.delete(self._owner(caller, headers), identity):
             raise _unknown()
         return {"id": identity, "object": "response", "deleted": True}
 
     async def input_items(
-        self, identity: str, query: QueryParams, headers: Mapping[str, str]
+        self, caller: Caller, identity: str, query: QueryParams, headers: Mapping[str, str]
     ) -> Any:
         """``GET /v1/responses/{id}/input_items``."""
         limit, order = query.get("limit", "20"), query.get("order", "desc")
@@ -83,7 +85,7 @@ class ResponseRoutes:
             raise BadRequest(f"limit must be from 1 to {MOST_LISTED}", param="limit")
         if order not in ("asc", "desc"):
             raise BadRequest("order must be asc or desc", param="order")
-        stored = await self._stored(self._owner(headers), identity)
+        stored = await self._stored(self._owner(caller, headers), identity)
         return listed(stored, limit=int(limit), after=query.get("after"), order=order)
 
     async def _previous(self, owner: str, body: Mapping[str, Any]) -> Stored | None:
@@ -108,9 +110,11 @@ class ResponseRoutes:
             # It was judged and recorded: that it cannot be gone on from is no reason to lose it.
             logger.warning("a response could not be kept: %s", error)
 
-    def _owner(self, headers: Mapping[str, str]) -> str:
-        """Who asks, as a keyed hash of the credential; all who show none are one."""
-        shown = "\x00".join(headers.get(name, "") for name in _CREDENTIALS)
+    def _owner(self, caller: Caller, headers: Mapping[str, str]) -> str:
+        """Who asks, as a keyed hash of the key or credential; all who show none are one."""
+        shown = "\x00".join(headers.get(name, "") for name in CREDENTIALS[:2])
+        if caller.key_id is not None:
+            shown = f"key\x00{caller.key_id}"
         return hmac.digest(self._hash_key, f"owner\x00{shown}".encode(), "sha256").hex()[:32]
 
 

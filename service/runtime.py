@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,23 +17,40 @@ from prometheus_client import CollectorRegistry
 from models.checkpoint import CheckpointError
 from models.guard import Guard
 from models.text_guard import TextGuard
+from service.audit import Audit
 from service.batcher import Batcher
 from service.breaker import Breaker
+from service.callers import Callers
 from service.errors import ConfigurationError
+from service.event_index import EventIndex
+from service.event_routes import EventRoutes
+from service.events import Events
 from service.gateway import Gateway
 from service.judgement import FieldJudge
+from service.kept_texts import KeptTexts
+from service.key_store import KeyStore
+from service.labels import Labels
 from service.ledger import Bookkeeper
 from service.metrics import Metrics
-from service.policy import Policy, read_policy
+from service.policies import Policies, read_policies
+from service.policy_routes import PolicyRoutes
+from service.policy_store import PolicyStore
+from service.rate_limits import RateLimits
 from service.records import Recorder
 from service.response_store import ResponseStore
+from service.review_routes import ReviewRoutes
+from service.reviews import Reviews
 from service.routing import Route, Upstreams
 from service.settings import Settings, UpstreamSettings
+from service.shared_verdicts import SharedVerdicts
 from service.spool import Spool
 from service.state import State
+from service.stored_policies import StoredPolicies, read_seed
+from service.tracing import OpenTelemetryTracer, Tracer
 from service.upstream import Deadlines, Upstream
 from service.verdict_cache import VerdictCache, keyed_digest
 
+_HASH_KEY_BYTES: Final = 32
 _SPOOL_BYTES: Final = 64 * 2**20
 _WAITING_WINDOWS: Final = 64
 """With so many waiting for the guard, streams are judged in pieces of twice the size."""
@@ -45,7 +62,8 @@ class Runtime:
     """The parts of a running service."""
 
     settings: Settings
-    policy: Policy
+    policies: Policies
+    callers: Callers
     guard: Guard
     judge: FieldJudge
     gateway: Gateway
@@ -54,6 +72,12 @@ class Runtime:
     state: State
     upstreams: Upstreams
     responses: ResponseStore
+    event_routes: EventRoutes
+    policy_routes: PolicyRoutes
+    review_routes: ReviewRoutes
+    policy_store: PolicyStore
+    reviews: Reviews
+    labels: Labels
     hash_key: bytes
 
 
@@ -64,20 +88,24 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
     ``guard`` stands in for the one that the settings name. An unreachable Redis or upstream keeps
     nothing from starting.
     """
-    policy = read_policy(settings.policy) if settings.policy else Policy()
+    policies = read_policies(settings.policy, settings.policies)
     directory = _data_directory(settings.data_directory)
     async with AsyncExitStack() as stack:
         # The guard loads on a thread while the state opens.
         loading = asyncio.create_task(asyncio.to_thread(_load_guard, settings, guard))
         stack.push_async_callback(_settled, loading)
         url = settings.state_url.get_secret_value() if settings.state_url else None
-        state = await State.open(url, data_directory=directory)
+        state = await State.open(
+            url, data_directory=directory, memory_bytes=settings.private_state_bytes
+        )
         stack.push_async_callback(state.close)
         spool = await Spool.open(directory / "records.spool", _SPOOL_BYTES)
         stack.push_async_callback(spool.close)
         recorder = Recorder(state, spool)
         stack.push_async_callback(recorder.close)
         metrics = Metrics(CollectorRegistry())
+        tracer = _tracer(settings)
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
         upstreams = _upstreams(settings, metrics)
         for route in upstreams.routes:
             await route.open()
@@ -92,17 +120,62 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         )
         batcher.start()
         stack.push_async_callback(batcher.close)
-        hash_key = _hash_key(directory)
+        given = settings.hash_key
+        hash_key = given.get_secret_value().encode() if given else _hash_key(directory)
+        shared = await _shared_verdicts(settings, directory, stack)
         judge = FieldJudge(
-            VerdictCache(batcher, settings.cached_verdicts, metrics.cached),
-            keyed_digest(hash_key, guard.id),
-            policy,
+            VerdictCache(batcher, settings.cached_verdicts, metrics.cached, shared),
+            keyed_digest(hash_key, _judges(guard)),
             deadline=settings.guard_seconds,
             most_fields=settings.fields_per_request,
         )
-        keeper = Bookkeeper(metrics, recorder, policy, guard.id)
+        audit = Audit(state)
+        texts = KeptTexts(state, audit, seconds=settings.text_seconds, most=settings.kept_texts)
+        index = EventIndex(state, hour_seconds=settings.hour_seconds)
+        index.start()
+        stack.push_async_callback(index.close)
+        events = Events(state)
+        event_routes = EventRoutes(events, texts, audit, hash_key)
+        reviews = Reviews(state)
+        stack.push_async_callback(reviews.close)
+        keeper = Bookkeeper(metrics, recorder, guard.id, tracer, texts, reviews)
         metrics.watch(batcher, state, recorder, upstreams)
-        metrics.build.labels(version("sluicegate"), guard.id, keeper.policy_name).set(1)
+        metrics.watch_shelf(texts, index)
+        policy_store = PolicyStore(state)
+        if settings.policy_source == "store":
+
+            def show(label: str, guard_id: str = guard.id) -> None:
+                metrics.built(version("sluicegate"), guard_id, label)
+
+            policies = StoredPolicies(
+                policy_store,
+                directory,
+                policies,
+                read_seed(settings.policy, settings.policies),
+                default_id=settings.policy_id or policies.default.id,
+                stale_seconds=settings.policy_stale_seconds,
+                swapped=show,
+            )
+            await policies.start()
+            stack.push_async_callback(policies.close)
+        metrics.built(version("sluicegate"), guard.id, policies.label)
+        metrics.watch_desk(reviews, policies)
+        keys = KeyStore(state)
+        await keys.start()
+        stack.push_async_callback(keys.close)
+        limits = RateLimits(state)
+        metrics.watch_limits(limits)
+        callers = Callers(
+            policies,
+            keys,
+            limits,
+            required=settings.keys_required,
+            admin_required=settings.admin_keys_required,
+            upstream_keys={
+                name: secret.get_secret_value() for name, secret in settings.upstream_keys.items()
+            },
+            refused=metrics.refused,
+        )
         gateway = Gateway(
             judge,
             upstreams,
@@ -118,7 +191,8 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
         )
         yield Runtime(
             settings=settings,
-            policy=policy,
+            policies=policies,
+            callers=callers,
             guard=guard,
             judge=judge,
             gateway=gateway,
@@ -127,8 +201,33 @@ async def open_runtime(settings: Settings, guard: Guard | None = None) -> AsyncI
             state=state,
             upstreams=upstreams,
             responses=responses,
+            event_routes=event_routes,
+            policy_routes=PolicyRoutes(policy_store, policies, audit),
+            review_routes=ReviewRoutes(reviews),
+            policy_store=policy_store,
+            reviews=reviews,
+            labels=Labels(state, events, texts),
             hash_key=hash_key,
         )
+
+
+async def _shared_verdicts(
+    settings: Settings, directory: Path, stack: AsyncExitStack
+) -> SharedVerdicts | None:
+    if settings.cache_url is None:
+        return None
+    url = settings.cache_url.get_secret_value()
+    state = await State.open(url, data_directory=directory, setting="cache_url", may_evict=True)
+    stack.push_async_callback(state.close)
+    shared = SharedVerdicts(state, settings.cached_verdict_seconds)
+    stack.push_async_callback(shared.close)
+    return shared
+
+
+def _tracer(settings: Settings) -> Tracer:
+    if settings.trace_endpoint is None:
+        return Tracer()
+    return OpenTelemetryTracer(settings.trace_endpoint, settings.trace_share, version("sluicegate"))
 
 
 def _load_guard(settings: Settings, given: Guard | None) -> Guard:
@@ -141,6 +240,12 @@ def _load_guard(settings: Settings, given: Guard | None) -> Guard:
     except CheckpointError as error:
         raise ConfigurationError(str(error)) from error
     return guard
+
+
+def _judges(guard: Guard) -> str:
+    """What a verdict hangs on beside the text: weights, calibration, and the code around them."""
+    card = guard.checkpoint.card.model_dump_json() if isinstance(guard, TextGuard) else ""
+    return "\0".join((guard.id, card, version("sluicegate")))
 
 
 async def _settled(task: asyncio.Task[Guard]) -> None:
@@ -195,10 +300,19 @@ def _hash_key(directory: Path) -> bytes:
     """The key of the hashes in records: random, made once, readable by the owner alone."""
     path = directory / "hash.key"
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-    except FileExistsError:
-        pass
+        if not path.exists():
+            # Written apart: a crash in between leaves no key, rather than an empty one.
+            draft = directory / f"hash.key.{secrets.token_hex(8)}"
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(_HASH_KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(draft, path)
+            draft.unlink()
+        key = path.read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"{path} cannot be written: {error.strerror}") from error
-    return path.read_bytes()
+        raise ConfigurationError(f"{path} cannot be used: {error.strerror}") from error
+    if len(key) < _HASH_KEY_BYTES:
+        raise ConfigurationError(f"{path} was cut short: remove it, and another is made")
+    return key

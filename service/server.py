@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
@@ -114,6 +115,11 @@ def bind(host: str, port: int, setting: str) -> socket.socket:
         sock.bind((host, port))
     except OSError as error:
         sock.close()
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            name = setting.replace("port", "host")
+            raise ConfigurationError(
+                f"{name} {host} is no address of this machine ({error.strerror})"
+            ) from error
         flag = setting.replace("_", "-")
         raise ConfigurationError(
             f"{setting} {port} on {host} cannot be listened on ({error.strerror}):"
@@ -131,7 +137,7 @@ def _announce(runtime: Runtime, public: socket.socket, admin: socket.socket | No
     else:
         logger.info("metrics on http://%s:%s", *admin.getsockname()[:2])
     logger.info("guard %s on %s threads", runtime.guard.id, settings.guard_threads)
-    logger.info("policy %s", runtime.keeper.policy_name)
+    logger.info("policy %s", runtime.policies.label)
     if not runtime.upstreams.routes:
         logger.info("no upstream: only moderation is served; set one with --upstream URL")
     for given in settings.upstreams:

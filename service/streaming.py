@@ -12,10 +12,11 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from typing import Any, Final, Literal
 
+from service import tracing
 from service.attempt import HELD_BYTES, StreamedAttempt
 from service.errors import UpstreamError, UpstreamMalformed
 from service.examiner import Examiner
-from service.exchange import Answer, Choice, Dialect, Exchange, Field, Refusal
+from service.exchange import Answer, Choice, Field, Refusal
 from service.gate import (
     ALL,
     Command,
@@ -36,9 +37,10 @@ from service.gate import (
     ResponseJudged,
     Stop,
 )
-from service.replies import Incoming, NotOurs, Progress, completion_tokens
+from service.replies import NotOurs, Progress, completion_tokens
 from service.retries import asked
 from service.upstream import UpstreamResponse
+from service.whole import upstream_said
 
 KEEP_ALIVE_SECONDS: Final = 10.0
 _RESPONSE: Final = UpstreamResponse(200, (), b"", 0.0)
@@ -53,9 +55,6 @@ class StreamedExchange:
     def __init__(
         self,
         examiner: Examiner,
-        dialect: Dialect,
-        incoming: Incoming,
-        exchange: Exchange,
         progress: Progress,
         *,
         load: Callable[[], float] = lambda: 1.0,
@@ -67,9 +66,9 @@ class StreamedExchange:
         self._examiner = examiner
         self._policy = examiner.policy
         self._mode = self._policy.stream.mode
-        self._dialect = dialect
-        self._incoming = incoming
-        self._exchange = exchange
+        self._dialect = progress.dialect
+        self._incoming = progress.incoming
+        self._exchange = progress.exchange
         self._progress = progress
         self._load = load
         self._unjudged = unjudged
@@ -179,10 +178,12 @@ class StreamedExchange:
         self._start("upstream", self._listen(self._attempt, attempt.body))
 
     async def _listen(self, attempt: StreamedAttempt, body: bytes) -> None:
-        route, headers = self._progress.route, self._incoming.headers
-        async with route.stream(self._dialect.path, body, headers) as stream:
-            self._progress.ledger.called_upstream(stream.seconds())
-            await attempt.hear(stream, self._heard)
+        route, tracer = self._progress.route, self._examiner.tracer
+        with tracer.span(tracing.UPSTREAM, upstream_said(self._progress, attempt.number)):
+            headers = tracer.onward(self._incoming.headers)
+            async with route.stream(self._dialect.path, body, headers) as stream:
+                self._progress.ledger.called_upstream(stream.seconds())
+                await attempt.hear(stream, self._heard)
 
     async def _stop(self) -> None:
         """Leaves the upstream: it stops generating."""

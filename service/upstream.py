@@ -16,6 +16,7 @@ from time import perf_counter
 from urllib.parse import urlsplit
 
 from service import http1, http_pool
+from service.caller import CREDENTIALS, UPSTREAM_KEY
 from service.errors import (
     ConfigurationError,
     UpstreamError,
@@ -24,8 +25,6 @@ from service.errors import (
     UpstreamUnreachable,
 )
 from service.headers import Headers, header
-
-_CREDENTIALS = ("authorization", "x-api-key")
 
 
 def parse_base_url(url: str) -> str:
@@ -330,10 +329,12 @@ class Upstream:
             raise RuntimeError("Upstream.open() comes before the first call.")
         # Nothing is said that the client did not say.
         sent = {**headers, "accept-encoding": "identity"}
-        if self._authorization is not None:
-            for name in _CREDENTIALS:
+        own = sent.pop(UPSTREAM_KEY, None)
+        authorization = self._authorization if own is None else f"Bearer {own}"
+        if authorization is not None:
+            for name in CREDENTIALS:
                 sent.pop(name, None)
-            sent["authorization"] = self._authorization
+            sent["authorization"] = authorization
         head = http1.request_head(method, self._prefix + path, self._host, sent, body)
         started = perf_counter()  # uvloop's own clock counts in milliseconds
         now = pool.time()

@@ -67,7 +67,7 @@ def test_imports_point_towards_models(package: str, forbidden: set[str]) -> None
 
 @pytest.mark.parametrize(
     ("package", "extras"),
-    [("models", ("train",)), ("service", ()), ("training", ("train", "report"))],
+    [("models", ("train",)), ("service", ("tracing",)), ("training", ("train", "report"))],
 )
 def test_what_is_imported_is_declared(package: str, extras: tuple[str, ...]) -> None:
     declared = requirements(*extras)

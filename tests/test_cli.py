@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -312,6 +312,45 @@ class TestEvaluate:
         assert str(gone) in refused("eval", "guard", "--data", gone, "--guard", guard)
 
 
+class TestPublish:
+    """``sluicegate policy publish``, each in a data directory of its own."""
+
+    @pytest.fixture
+    def publish(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+        """Publishes a text as a file's, with what else is said."""
+        monkeypatch.setenv("SLUICEGATE_POLICY_SOURCE", "store")
+        file = tmp_path / "policy.yaml"
+
+        def made(text: str, *more: str) -> Result:
+            file.write_text(text)
+            return run("policy", "publish", file, "--data-directory", tmp_path / "data", *more)
+
+        return made
+
+    def test_a_file_comes_into_force_and_is_replaced(self, publish: Callable[..., Result]) -> None:
+        text = "version: 1\nid: house\nrules: [{action: allow}]"
+        assert publish(text, "--replaces", "0").stdout == "house@1 is in force\n"
+        assert publish(text, "--note", "again").stdout == "house@2 is in force\n"
+        stale = publish(text, "--replaces", "1")
+        assert stale.exit_code == 2
+        assert "revision 2 of the policy house is in force" in stale.stderr
+
+    def test_what_is_wrong_is_said_with_the_name_of_the_file(
+        self, publish: Callable[..., Result]
+    ) -> None:
+        result = publish("version: 1\nid: house\nrules:\n  - {action: explode}\n")
+        assert result.exit_code == 2
+        assert "policy.yaml, line 4" in result.stderr
+
+    def test_where_policies_are_files_it_says_so(
+        self, publish: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SLUICEGATE_POLICY_SOURCE", "file")
+        result = publish("version: 1\nid: house\nrules: [{action: allow}]")
+        assert result.exit_code == 2
+        assert "set policy_source: store" in result.stderr
+
+
 class TestPolicy:
     def test_a_policy_that_the_service_would_take(self, tmp_path: Path) -> None:
         file = tmp_path / "policy.yaml"
@@ -356,6 +395,10 @@ class TestServe:
         ports = ("--port", "0", "--admin-port", str(taken))
         assert "--admin-port" in refused("serve", *ports, "--data-directory", directory)
 
+    def test_a_host_that_is_not_here_is_named(self, directory: Path) -> None:
+        message = refused("serve", "--host", "192.0.2.1", "--data-directory", directory)
+        assert "host 192.0.2.1 is no address of this machine" in message
+
     @pytest.mark.parametrize(
         ("content", "says"),
         [("colour: red", "colour"), ("port: many", "port"), ("a: [", "line 1"), ("- a", "mapping")],
@@ -374,8 +417,10 @@ class TestServe:
         arguments = ("--port", "0", "--policy", config, "--data-directory", directory)
         assert f"policy {config}" in refused("serve", *arguments)
 
-    def test_beyond_loopback_is_refused_unless_it_is_said(self) -> None:
-        assert "allow_unauthenticated" in refused("serve", "--host", "192.0.2.1")
+    def test_beyond_loopback_without_keys_is_refused_unless_it_is_said(self, config: Path) -> None:
+        config.write_text("require_keys: false")
+        message = refused("serve", "--config", config, "--host", "192.0.2.1")
+        assert "allow_unauthenticated" in message
 
     @pytest.mark.parametrize("url", ["ftp://a", "a:8000", "http://"])
     def test_an_upstream_that_is_no_address_is_refused(
@@ -443,7 +488,9 @@ def test_a_report_without_its_extra_is_refused_before_anything_is_judged(
     assert "pip install 'sluicegate[report]'" in message
 
 
-@pytest.mark.parametrize("verb", [[], ["eval"], ["train"], ["policy"], ["upstream"]])
+@pytest.mark.parametrize(
+    "verb", [[], ["eval"], ["train"], ["policy"], ["upstream"], ["keys"], ["labels"]]
+)
 def test_without_a_verb_the_command_says_which_there_are(verb: list[str]) -> None:
     result = run(*verb)
     assert "Usage" in result.output

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ def image() -> str:
     return IMAGE
 
 
-@pytest.fixture(scope="module")
-def address(image: str) -> Iterator[str]:
+@contextmanager
+def started(*arguments: str) -> Iterator[str]:
     """The address of a running container that has answered that it is ready."""
     port, admin_port = free_port(), free_port()
     command = run(
         *("--env", f"SLUICEGATE_PORT={port}", "--env", f"SLUICEGATE_ADMIN_PORT={admin_port}"),
-        *("--env", "SLUICEGATE_ALLOW_UNAUTHENTICATED=true", image),
+        *arguments,
     )
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as container:
         try:
@@ -89,23 +90,25 @@ def wait_until_ready(url: str, container: "subprocess.Popen[bytes]") -> None:
     pytest.fail(f"{url} did not answer")
 
 
-def test_the_image_moderates_without_root_on_a_read_only_disk(address: str) -> None:
+def moderated(address: str) -> dict[str, Any]:
     body = json.dumps({"input": "How do I sharpen a kitchen knife?"}).encode()
     request = urllib.request.Request(  # noqa: S310 - our own address
         f"{address}/v1/moderations", body, {"Content-Type": "application/json"}
     )
-
     with urllib.request.urlopen(request, timeout=10) as response:  # noqa: S310 - our own address
         answer: dict[str, Any] = json.load(response)
+    return answer
 
-    assert answer["results"][0]["flagged"] is False
+
+def test_the_image_moderates_without_root_on_a_read_only_disk(image: str) -> None:
+    with started("--env", "SLUICEGATE_ALLOW_UNAUTHENTICATED=true", image) as address:
+        assert moderated(address)["results"][0]["flagged"] is False
 
 
-def test_the_image_alone_refuses_to_serve_everybody(image: str) -> None:
-    done = subprocess.run(run(image), capture_output=True, text=True, timeout=60)
-
-    assert done.returncode != 0
-    assert "allow_unauthenticated" in (done.stderr + done.stdout).lower()
+def test_the_image_alone_asks_for_a_key(image: str) -> None:
+    with started(image) as address, pytest.raises(urllib.error.HTTPError, match="401") as refused:
+        moderated(address)
+    refused.value.close()
 
 
 def test_the_image_has_no_torch_and_no_root(image: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from service.body import dumps, parse_object
+from service.caller import Caller
 from service.chat import ChatDialect
 from service.exchange import Dialect
 from service.policy import Policy
@@ -59,7 +60,10 @@ class Rig:
         **options: Any,
     ) -> Reply:
         """The reply as it is when it begins."""
-        incoming = Incoming("id1", dialect.path, raw, parse_object(raw), headers or {}, **options)
+        policy = self.runtime.policies.default
+        incoming = Incoming(
+            "id1", dialect.path, raw, parse_object(raw), headers or {}, Caller(policy), **options
+        )
         return await self.runtime.gateway.handle(dialect, incoming)
 
     def answers(self, *answers: Answer) -> None:

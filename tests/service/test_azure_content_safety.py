@@ -19,6 +19,7 @@ from service.errors import (
     TooLarge,
 )
 from service.judgement import Judgement
+from service.policy import Policy
 from tests.guards import CANARY
 from tests.service.rig import Rig
 
@@ -42,7 +43,7 @@ def severities(answer: dict[str, Any]) -> dict[str, int]:
 
 async def analyzed(rig: Rig, **body: Any) -> dict[str, int]:
     asked = azure.parse_analyze(body)
-    (judgement,) = await rig.runtime.judge.judge("prompt", asked.fields)
+    (judgement,) = await rig.runtime.judge.judge(Policy(), "prompt", asked.fields)
     answer = azure.render_analyze(asked, judgement.decision.verdict)
     assert answer["blocklistsMatch"] == []
     return severities(answer)
@@ -188,7 +189,9 @@ class TestScales:
 
 async def shielded(rig: Rig, **body: Any) -> dict[str, Any]:
     asked = azure.parse_shield(body)
-    judgements: Sequence[Judgement] = await rig.runtime.judge.judge("prompt", asked.fields)
+    judgements: Sequence[Judgement] = await rig.runtime.judge.judge(
+        Policy(), "prompt", asked.fields
+    )
     return azure.render_shield(asked, judgements)
 
 

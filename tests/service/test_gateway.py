@@ -218,6 +218,16 @@ class TestRecords:
             await rig.send(BAD)
             assert {record.weight for record in await rig.records()} == {1.0}
 
+    async def test_what_was_acted_on_is_no_matter_of_sampling(self, make_rig: MakeRig) -> None:
+        rules = [
+            {"direction": "prompt", "severity": "none", "action": "block"},
+            {"action": "allow"},
+        ]
+        policy = Policy.model_validate({"rules": rules, "record": {"sample_passed": 1e-9}})
+        async with make_rig(policy) as rig:
+            await rig.send()
+            assert {record.outcome for record in await rig.records()} == {"blocked"}
+
     async def test_flags_are_counted_by_category_and_severity(self, rig: Rig) -> None:
         await rig.send(GRAVE)
         labels = {"category": "violence", "severity": "severe", "outcome": "blocked"}

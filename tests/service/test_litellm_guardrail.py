@@ -13,7 +13,7 @@ from service import litellm_guardrail
 from service.body import strings
 from service.errors import BadRequest, SluicegateError, Unscannable
 from service.exchange import Direction, Field
-from service.judgement import FieldJudge
+from service.judgement import FieldJudge, prevailing
 from service.policy import Action, Policy, Rule
 from tests.guards import CANARY
 from tests.service.rig import MakeRig, Rig
@@ -264,8 +264,8 @@ async def guarded(make_rig: MakeRig) -> AsyncIterator[Rig]:
 async def answered(judge: FieldJudge, fields: Mapping[Direction, list[Field]]) -> dict[str, Any]:
     judged = {}
     for direction, asked in fields.items():
-        judgements = await judge.judge(direction, asked)
-        judged[direction] = (judge.prevailing(direction, judgements), judgements)
+        judgements = await judge.judge(POLICY, direction, asked)
+        judged[direction] = (prevailing(POLICY, direction, judgements), judgements)
     return litellm_guardrail.render(judged)
 
 
@@ -320,7 +320,8 @@ class TestAnswers:
             for text in texts:
                 fields = parsed(kind, texts=[text])
                 for direction, asked in fields.items():
-                    decision = judge.prevailing(direction, await judge.judge(direction, asked))
+                    judgements = await judge.judge(POLICY, direction, asked)
+                    decision = prevailing(POLICY, direction, judgements)
                     answer = litellm_guardrail.render({direction: (decision, [])})
                     is_blocked = decision.action in (Action.REGENERATE, Action.BLOCK)
                     assert (answer["action"] == "BLOCKED") == is_blocked

@@ -47,9 +47,12 @@ class TestPrecedence:
         file.write_text(content)
         assert load(file, {}).model_dump() == load(None, {}).model_dump()
 
-    def test_an_empty_upstream_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SLUICEGATE_UPSTREAM", "")
-        assert load(None, {}).upstream is None
+    @pytest.mark.parametrize("name", ["upstream", "state_url", "cache_url"])
+    def test_an_address_that_is_empty_is_none(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(f"SLUICEGATE_{name.upper()}", "")
+        assert getattr(load(None, {}), name) is None
 
     def test_variables_of_other_programs_are_not_ours(
         self, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +71,8 @@ class TestRefusal:
     @pytest.mark.parametrize(
         ("content", "says"),
         [
-            ("colour: red", ["colour"]),
+            ("colour: red", ["colour", "no such setting"]),
+            ("hash_key: short", ["hash_key", "32 characters"]),
             ("port: many", ["port", "integer"]),
             ("port: 70000", ["port", "65535"]),
             ("port:", ["port"]),
@@ -99,6 +103,16 @@ class TestRefusal:
         monkeypatch.setenv("SLUICEGATE_GUARD_SECONDS", "-1")
         assert "guard_seconds" in refused(None)
 
+    @pytest.mark.parametrize("name", ["UPSTREAM_KEYS", "POLICIES", "ADMIN_HOSTS"])
+    def test_a_variable_that_should_be_json_is_named_without_its_value(
+        self, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(f"SLUICEGATE_{name}", "hunter2")
+        line = refused(None)
+        assert f"SLUICEGATE_{name}" in line
+        assert "JSON" in line
+        assert "hunter2" not in line
+
     def test_a_secret_is_not_in_what_refuses_it(self, file: Path) -> None:
         file.write_text("state_url: {password: hunter2}")
         assert "hunter2" not in refused(file)
@@ -106,13 +120,33 @@ class TestRefusal:
 
 class TestListening:
     @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-    def test_loopback_needs_nothing_said(self, host: str) -> None:
-        assert not load(None, {"host": host}).admin_is_apart
+    def test_loopback_needs_nothing_said_and_no_keys(self, host: str) -> None:
+        settings = load(None, {"host": host})
+        assert not settings.admin_is_apart
+        assert not settings.keys_required
+        assert not settings.admin_keys_required
+        assert load(None, {"host": host, "require_keys": True}).keys_required
 
     @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])  # noqa: S104
-    def test_beyond_loopback_must_be_said_and_puts_the_metrics_apart(self, host: str) -> None:
-        assert "allow_unauthenticated" in refused(None, host=host)
-        assert load(None, {"host": host, "allow_unauthenticated": True}).admin_is_apart
+    def test_beyond_loopback_needs_keys_and_puts_the_metrics_apart(self, host: str) -> None:
+        settings = load(None, {"host": host})
+        assert settings.keys_required
+        assert settings.admin_keys_required
+        assert settings.admin_is_apart
+
+    @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])  # noqa: S104
+    def test_beyond_loopback_without_keys_must_be_said(self, host: str) -> None:
+        assert "allow_unauthenticated" in refused(None, host=host, require_keys=False)
+        assert not load(None, {"host": host, "allow_unauthenticated": True}).keys_required
+
+    @pytest.mark.parametrize(
+        "flags", [{}, {"allow_unauthenticated": True}, {"admin_port": 8081}], ids=str
+    )
+    def test_operators_need_keys_wherever_others_can_reach_their_routes(
+        self, flags: dict[str, Any]
+    ) -> None:
+        host = {} if "admin_port" in flags else {"host": "10.0.0.7"}
+        assert load(None, {**host, **flags, "admin_host": "10.0.0.7"}).admin_keys_required
 
     def test_metrics_are_apart_where_they_have_a_port(self) -> None:
         assert load(None, {"admin_port": 8081}).admin_is_apart

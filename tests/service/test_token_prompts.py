@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service.body import parse_object
+from service.caller import Caller
 from service.completions import CompletionsDialect
 from service.embeddings import EmbeddingsDialect
 from service.errors import TooLarge, Unscannable
@@ -44,7 +45,9 @@ class Rig:
         return await self.send_raw(compact({"model": "m", **body}), dialect)
 
     async def send_raw(self, raw: bytes, dialect: Dialect = COMPLETIONS) -> Reply:
-        incoming = Incoming("id1", dialect.path, raw, parse_object(raw), {})
+        incoming = Incoming(
+            "id1", dialect.path, raw, parse_object(raw), {}, Caller(self.runtime.policies.default)
+        )
         return await self.runtime.gateway.handle(dialect, incoming)
 
     def answers(self, *answers: Answer) -> None:
