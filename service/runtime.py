@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import secrets
 from collections.abc import AsyncIterator
@@ -245,7 +246,8 @@ def _load_guard(settings: Settings, given: Guard | None) -> Guard:
 def _judges(guard: Guard) -> str:
     """What a verdict hangs on beside the text: weights, calibration, and the code around them."""
     card = guard.checkpoint.card.model_dump_json() if isinstance(guard, TextGuard) else ""
-    return "\0".join((guard.id, card, version("sluicegate")))
+    parts = "\0".join((guard.id, card, version("sluicegate")))
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 async def _settled(task: asyncio.Task[Guard]) -> None:
