@@ -265,7 +265,8 @@ def _mounted(stack: ExitStack, path: Path) -> Path:
         subprocess.run(command, check=True)  # noqa: S603 - our own directory
     except (OSError, subprocess.CalledProcessError) as error:
         raise CannotBeMade("only root may mount a small disk: --small-disk names one") from error
-    stack.callback(lambda: subprocess.run(["umount", "-l", path], check=True))  # noqa: S603, S607
+    unmount = ["umount", "-l", str(path)]
+    stack.callback(lambda: subprocess.run(unmount, check=True))  # noqa: S603 - our own directory
     return path
 
 
